@@ -1,0 +1,278 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "ale-py==0.12.1",
+#     "gymnasium[classic-control]==1.4.0",
+#     "numpy==2.4.6",
+#     "opencv-python==5.0.0.93",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+"""Score a checkpoint: whole episodes of the real game, on raw rewards.
+
+    python evaluate.py runs/<run>                           # the newest checkpoint of a run
+    python evaluate.py runs/<run> --episodes 100 --greedy   # always the likeliest action
+    python evaluate.py runs/<run> --all                     # every checkpoint, into TensorBoard as eval/episodic_return
+
+A checkpoint names the script that wrote it. Environment and agent are built by that script, which must lie beside this
+file or be given with --script; it needs the three names Args, make_envs and Agent (with act(obs, greedy)).
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+FORMAT = 1  # of a checkpoint; a file with another number is refused
+
+# Mean score of uniformly random play and of a professional tester, who had the same 30 idle frames at the start
+# (Wang et al. 2016, arXiv:1511.06581, table 2; Badia et al. 2020, arXiv:2003.13350, appendix H.4), by ROM name.
+# fmt: off
+RANDOM_AND_HUMAN = {
+    "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742.0), "asterix": (210.0, 8503.3),
+    "asteroids": (719.1, 47388.7), "atlantis": (12850.0, 29028.1), "bank_heist": (14.2, 753.1),
+    "battle_zone": (2360.0, 37187.5), "beam_rider": (363.9, 16926.5), "berzerk": (123.7, 2630.4),
+    "bowling": (23.1, 160.7), "boxing": (0.1, 12.1), "breakout": (1.7, 30.5), "centipede": (2090.9, 12017.0),
+    "chopper_command": (811.0, 7387.8), "crazy_climber": (10780.5, 35829.4), "defender": (2874.5, 18688.9),
+    "demon_attack": (152.1, 1971.0), "double_dunk": (-18.6, -16.4), "enduro": (0.0, 860.5),
+    "fishing_derby": (-91.7, -38.7), "freeway": (0.0, 29.6), "frostbite": (65.2, 4334.7), "gopher": (257.6, 2412.5),
+    "gravitar": (173.0, 3351.4), "hero": (1027.0, 30826.4), "ice_hockey": (-11.2, 0.9), "jamesbond": (29.0, 302.8),
+    "kangaroo": (52.0, 3035.0), "krull": (1598.0, 2665.5), "kung_fu_master": (258.5, 22736.3),
+    "montezuma_revenge": (0.0, 4753.3), "ms_pacman": (307.3, 6951.6), "name_this_game": (2292.3, 8049.0),
+    "phoenix": (761.4, 7242.6), "pitfall": (-229.4, 6463.7), "pong": (-20.7, 14.6), "private_eye": (24.9, 69571.3),
+    "qbert": (163.9, 13455.0), "riverraid": (1338.5, 17118.0), "road_runner": (11.5, 7845.0),
+    "robotank": (2.2, 11.9), "seaquest": (68.4, 42054.7), "skiing": (-17098.1, -4336.9),
+    "solaris": (1236.3, 12326.7), "space_invaders": (148.0, 1668.7), "star_gunner": (664.0, 10250.0),
+    "surround": (-10.0, 6.5), "tennis": (-23.8, -8.3), "time_pilot": (3568.0, 5229.2), "tutankham": (11.4, 167.6),
+    "up_n_down": (533.4, 11693.2), "venture": (0.0, 1187.5), "video_pinball": (16256.9, 17667.9),
+    "wizard_of_wor": (563.5, 4756.5), "yars_revenge": (3092.9, 54576.9), "zaxxon": (32.5, 9173.3),
+}
+# fmt: on
+
+
+def fail(message, code=1):
+    """End the program with one sentence instead of a traceback. Exit code 2: wrong usage; 1: anything else."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@dataclass
+class Args:
+    checkpoint: tyro.conf.Positional[str]  # a run folder (its newest checkpoint) or a checkpoint (.pt)
+    episodes: int = 10  # whole episodes to play; more narrow the interval
+    num_envs: int | None = None  # environments side by side (default: one for each episode, at most 16)
+    seed: int = 1  # of environments and sampled actions
+    greedy: bool = False  # always the likeliest action, instead of acting as in training
+    cuda: bool = False  # run the network on the GPU
+    all: bool = False  # score every checkpoint of the run, and write the curve to its eval/ folder
+    json: str | None = None  # also write the result to this file
+    script: str | None = None  # the training script, where it is not the one beside this file
+
+    def __post_init__(self):
+        """Refuse what cannot work, naming the flag, what it got and what it takes."""
+        if self.episodes < 1:
+            fail(f"--episodes must be at least 1, got {self.episodes}.", code=2)
+        if self.num_envs is not None and not 1 <= self.num_envs <= self.episodes:
+            fail(f"--num-envs must be between 1 and --episodes ({self.episodes}), got {self.num_envs}.", code=2)
+        if self.seed < 0:
+            fail(f"--seed must be 0 or a positive number, got {self.seed}.", code=2)
+        if self.all and not Path(self.checkpoint).is_dir():
+            fail(f"--all takes a run folder, not {self.checkpoint}.", code=2)
+
+
+# ---- Reload ----
+
+
+def spread_seed(*key):
+    """A seed in [0, 2**30) hashed from integers: environments count up from theirs, so runs 1, 2, 3 must lie apart."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
+
+
+def find_checkpoint(path):
+    """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("checkpoints/*.pt"))  # the step is padded with zeros: by name is by step
+        if not found:
+            fail(f"{path} holds no checkpoint (checkpoints/*.pt).")
+        path = found[-1]
+    if not path.is_file():
+        fail(f"{path} does not exist.")
+    return path
+
+
+def load_checkpoint(path):
+    """Read a checkpoint onto the CPU. Runs nothing that is in the file, whoever wrote it, and refuses damaged ones."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load alone takes a flipped bit for a weight
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # which one depends on the byte that is wrong
+        fail(f"{path} is damaged, or no checkpoint of these scripts ({type(error).__name__}).")
+    if damaged:
+        fail(f"{path} is damaged: the checksum of {damaged} is wrong.")
+    required = {"format", "script", "args", "global_step", "model"}
+    if not isinstance(checkpoint, dict) or not required <= checkpoint.keys():
+        fail(f"{path} is no checkpoint of these scripts.")
+    if checkpoint["format"] != FORMAT:
+        fail(f"{path} has format {checkpoint['format']}; this program reads format {FORMAT}.")
+    return checkpoint
+
+
+def load_script(checkpoint, path, script):
+    """The module that wrote `checkpoint`: the file `script` if given, else the one of its name beside this file."""
+    name = checkpoint["script"]
+    if script is None:
+        if not isinstance(name, str) or not name.isidentifier():
+            fail(f"{path} names the script {name!r}, which is not a bare module name: give the file with --script.")
+        script = Path(__file__).with_name(f"{name}.py")
+        if not script.is_file():
+            fail(f"{path} was written by {name}.py, which is not beside evaluate.py: give it with --script.")
+    spec = importlib.util.spec_from_file_location(Path(script).stem, script)
+    if spec is None or not Path(script).is_file():
+        fail(f"--script {script} is not a Python file.", code=2)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    if missing := {"Args", "make_envs", "Agent"} - vars(module).keys():
+        fail(f"{script} lacks {', '.join(sorted(missing))}, which evaluate.py builds environment and agent with.")
+    return module
+
+
+def rebuild(path, args, num_envs):
+    """The environments and the agent that the checkpoint at `path` describes: checkpoint, envs, agent."""
+    checkpoint = load_checkpoint(path)
+    module = load_script(checkpoint, path, args.script)
+    hint = f"it was edited since: try --script {path.resolve().parents[1] / 'script.py'}"
+    if unknown := checkpoint["args"].keys() - {field.name for field in dataclasses.fields(module.Args)}:
+        fail(f"{path} has arguments that {module.__file__} does not know ({', '.join(sorted(unknown))}); {hint}.")
+    script_args = module.Args(**checkpoint["args"])
+    envs = module.make_envs(script_args, num_envs, spread_seed(2, args.seed), training=False)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    agent = module.Agent(envs, script_args).to(device)
+    try:
+        agent.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        fail(f"{path} does not fit the network of {module.__file__}; {hint}.")
+    return checkpoint, envs, agent.eval()
+
+
+# ---- Play ----
+
+
+@torch.no_grad()
+def play(envs, agent, episodes, greedy, bar):
+    """Play whole episodes and return their returns, lengths (steps) and whether they were truncated, each (episodes,).
+
+    How many episodes each environment plays is fixed beforehand. Taking the first to finish would favor short ones.
+    """
+    N, device = envs.num_envs, next(agent.parameters()).device
+    to_play = np.full(N, episodes // N)  # (N,)
+    to_play[: episodes % N] += 1
+    returns, lengths, cut_off = [], [], []
+    episode_return, episode_length = np.zeros(N), np.zeros(N, dtype=np.int64)
+    obs, _ = envs.reset()
+    while to_play.any():
+        actions = agent.act(torch.as_tensor(obs, device=device), greedy)
+        obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+        episode_return += rewards
+        episode_length += 1
+        for i in np.flatnonzero(terminated | truncated):
+            if to_play[i]:
+                to_play[i] -= 1
+                returns.append(float(episode_return[i]))
+                lengths.append(int(episode_length[i]))
+                cut_off.append(bool(truncated[i] and not terminated[i]))
+                bar.update()
+            episode_return[i] = episode_length[i] = 0
+    return returns, lengths, cut_off
+
+
+def bootstrap_interval(returns, samples=10_000):
+    """95% interval of the mean: percentiles of the means of `samples` resamples (Efron 1979)."""
+    means = np.random.default_rng(0).choice(returns, (samples, len(returns))).mean(1)
+    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
+
+
+def human_normalized(env_id, score):
+    """0 for random play, 1 for a human; None where nobody published the two."""
+    game = gym.registry[env_id].kwargs.get("game") if env_id in gym.registry else None
+    if game not in RANDOM_AND_HUMAN:
+        return None
+    random, human = RANDOM_AND_HUMAN[game]
+    return (score - random) / (human - random)
+
+
+def score(path, args):
+    """Play --episodes episodes with the checkpoint at `path`; returns all that --json writes."""
+    num_envs = args.num_envs or min(args.episodes, 16)
+    checkpoint, envs, agent = rebuild(path, args, num_envs)
+    torch.manual_seed(args.seed)
+    env_id, step = checkpoint["args"]["env_id"], checkpoint["global_step"]
+    how = "greedy" if args.greedy else "acting as in training"
+    print(f"{path}: {checkpoint['script']} on {env_id} at {step:,} steps, {args.episodes} episodes, {how}", flush=True)
+    with tqdm(total=args.episodes, unit="episode", disable=None, leave=False) as bar:  # None: silent without a terminal
+        returns, lengths, truncated = play(envs, agent, args.episodes, args.greedy, bar)
+    envs.close()
+    return {
+        "mean_return": float(np.mean(returns)),
+        "std_return": float(np.std(returns)),
+        "ci95": bootstrap_interval(returns),
+        "episodes": len(returns),
+        "returns": returns,
+        "lengths": lengths,
+        "truncated": sum(truncated),
+        "human_normalized": human_normalized(env_id, np.mean(returns)),
+        "env_id": env_id,
+        "checkpoint": str(path),
+        "global_step": step,
+        "greedy": args.greedy,
+        "seed": args.seed,
+    }
+
+
+def report(result):
+    """One line for the person at the terminal."""
+    low, high = result["ci95"]
+    line = f"return {result['mean_return']:.2f} ± {result['std_return']:.2f} over {result['episodes']} episodes"
+    line += f", 95% interval of the mean {low:.2f} to {high:.2f}"
+    if result["human_normalized"] is not None:
+        line += f", human-normalized {result['human_normalized']:.3f}"
+    print(f"{line}, {result['truncated']} cut off by the time limit", flush=True)
+
+
+def main(args):
+    newest = find_checkpoint(args.checkpoint)
+    results = []
+    if args.all:
+        run_dir = Path(args.checkpoint)
+        for old in run_dir.glob("eval/events.*"):
+            old.unlink()  # TensorBoard would mix the curves
+        writer = SummaryWriter(run_dir / "eval")
+        for path in sorted(run_dir.glob("checkpoints/*.pt")):
+            results.append(score(path, args))
+            report(results[-1])
+            writer.add_scalar("eval/episodic_return", results[-1]["mean_return"], results[-1]["global_step"])
+        writer.close()
+        print(f"The curve is in {run_dir / 'eval'}: tensorboard --logdir {run_dir}")
+    else:
+        results.append(score(newest, args))
+        report(results[-1])
+    if args.json:
+        Path(args.json).write_text(json.dumps(results if args.all else results[0], indent=2))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,567 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "ale-py==0.12.1",
+#     "gymnasium[classic-control]==1.4.0",
+#     "numpy==2.4.6",
+#     "opencv-python==5.0.0.93",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+"""PPO on vector observations: proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347).
+
+    python ppo_cartpole.py
+    python ppo_cartpole.py --env-id Acrobot-v1 --norm-obs
+    python evaluate.py runs/<run>
+
+For any Gymnasium environment with vector observations and discrete actions, also one of your own: a file
+my_module.py that registers it is named with --env-id my_module:MyEnv-v0.
+
+Departs from the paper: (1) gradients are clipped to a global norm, (2) advantages are normalized in each
+minibatch, (3) actor and critic are separate networks with orthogonal initialization, (4) Adam's epsilon is 1e-5;
+all four as in openai/baselines, where the published scores come from. Departs from baselines: a truncated episode
+(CartPole's 500 steps are up) is not taken for a terminated one, its last observation still has a value.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import time
+import zipfile
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+FORMAT = 1  # of a checkpoint; a file with another number is refused
+
+
+def fail(message, code=1):
+    """End the program with one sentence instead of a traceback. Exit code 2: wrong usage; 1: anything else."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# ---- Arguments ----
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"  # any Gymnasium id with vector observations and discrete actions
+    total_timesteps: int = 100_000  # steps, all environments together; the last rollout is played to its end
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # of everything random; on the CPU, the same seed gives the same run, bit for bit
+    run_dir: str | None = None  # folder of this run (default: runs/{env_id}__{exp_name}__{seed}__{unix time})
+    save_freq: int | None = None  # steps between checkpoints (default: a tenth of the run)
+    resume: str | None = None  # run folder or checkpoint to go on from; flags given beside it replace the saved ones
+    cuda: bool = False  # train on the GPU; networks as small as these are faster on the CPU
+    torch_deterministic: bool = True  # only deterministic GPU kernels; off may be faster
+    track: bool = False  # also log to Weights & Biases (pip install wandb)
+    wandb_project_name: str = "single-file-rl"  # W&B project
+    wandb_entity: str | None = None  # W&B team (default: your own account)
+
+    num_envs: int = 8  # environments played side by side; more give less correlated batches
+    num_steps: int = 32  # steps per environment between updates (T); longer sees further, learns later
+    learning_rate: float = 1e-3  # Adam's step size; larger learns faster until it diverges
+    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
+    gamma: float = 0.98  # discount per step; nearer to 1 looks further ahead
+    gae_lambda: float = 0.8  # 0: advantages from the value function alone (biased), 1: from returns alone (noisy)
+    num_minibatches: int = 1  # parts a rollout is cut into; more parts, more and noisier gradient steps
+    update_epochs: int = 20  # passes over a rollout; more take more from each step, and overfit it sooner
+    norm_adv: bool = True  # normalize advantages to mean 0 and std 1 in each minibatch
+    clip_coef: float = 0.2  # how far one update may move a probability ratio from 1
+    clip_vloss: bool = False  # also clip how far one update may move a value, by clip_coef
+    ent_coef: float = 0.0  # weight of the entropy bonus; larger explores longer
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # longest gradient (global L2 norm) that is applied as it is
+    target_kl: float | None = None  # end an update after an epoch whose mean KL divergence exceeds this
+    norm_obs: bool = False  # normalize observations by a running mean and variance
+
+    def __post_init__(self):
+        """Refuse what cannot work, naming the flag, what it got and what it takes."""
+        ranges = {
+            "total_timesteps save_freq num_envs num_steps num_minibatches update_epochs": (1, float("inf")),
+            "seed learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl": (0, float("inf")),
+            "gamma gae_lambda": (0, 1),
+        }
+        for names, (least, most) in ranges.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not least <= value <= most:
+                    fail(f"--{name.replace('_', '-')} must be between {least} and {most}, got {value}.", code=2)
+        batch_size, parts = self.num_envs * self.num_steps, self.num_minibatches
+        if batch_size % parts:
+            fail(f"--num-minibatches {parts} does not divide --num-envs times --num-steps = {batch_size}.", code=2)
+        if self.norm_adv and batch_size == parts:
+            fail("--norm-adv needs minibatches of 2 or more: lower --num-minibatches, or add --no-norm-adv.", code=2)
+        if self.total_timesteps < batch_size:
+            fail(f"--total-timesteps {self.total_timesteps} is less than one rollout of {batch_size} steps.", code=2)
+
+
+# ---- Environment ----
+
+
+def spread_seed(*key):
+    """A seed in [0, 2**30) hashed from integers: environments count up from theirs, so runs 1, 2, 3 must lie apart."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
+
+
+def make_envs(args, num_envs, seed, training, render=False):
+    """`num_envs` seeded copies of --env-id in one vector environment; an episode that ends restarts on the same step.
+
+    On such a step obs is the first of the new episode; the last of the old one is in infos["final_obs"].
+    `training` changes nothing: these environments are trained on and scored as they are.
+    """
+    try:
+        envs = SyncVectorEnv(
+            [lambda: gym.make(args.env_id, render_mode="rgb_array" if render else None)] * num_envs,
+            autoreset_mode=AutoresetMode.SAME_STEP,
+        )
+    except gym.error.DependencyNotInstalled as error:
+        fail(f"--env-id {args.env_id} needs a package that is not installed: {error}", code=2)
+    except ModuleNotFoundError as error:
+        fail(f"--env-id {args.env_id} names a module that cannot be imported: {error.msg}", code=2)
+    except gym.error.Error:
+        close = ", ".join(difflib.get_close_matches(args.env_id, gym.registry))
+        fail(f"--env-id {args.env_id} is not registered.{f' Close: {close}.' if close else ''}", code=2)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        fail(f"--env-id {args.env_id} does not give vectors but {obs_space}; for Atari frames use ppo_atari.py.", 2)
+    if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
+        fail(f"--env-id {args.env_id} does not take discrete actions 0, 1, 2, ... but {action_space}.", 2)
+    envs.action_space.seed(seed)
+    envs.reset(seed=seed)  # the caller's own reset() goes on from this seed
+    return envs
+
+
+# ---- Network ----
+
+
+class RunningNorm(nn.Module):
+    """Normalizes vectors by the mean and variance of all that were passed to update().
+
+    The statistics are buffers: they are saved and loaded with the network, and only update() changes them.
+    """
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, x):
+        """Take in `x`, (B, size): mean and variance of two samples together (Chan et al. 1979, eq. 2.1)."""
+        total = self.count + len(x)
+        delta = x.mean(0) - self.mean
+        m2 = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
+        self.mean += delta * len(x) / total
+        self.var.copy_(m2 / total)
+        self.count.copy_(total)
+
+    def forward(self, x):
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
+def layer_init(layer, std=2**0.5):
+    """Orthogonal weights scaled by `std`, zero bias: as in openai/baselines, which the published scores used."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """Policy and value function as two separate networks, which share nothing but the observation's normalization."""
+
+    def __init__(self, envs, args):
+        super().__init__()
+        size, num_actions = envs.single_observation_space.shape[0], envs.single_action_space.n
+        self.norm_obs = RunningNorm(size) if args.norm_obs else nn.Identity()
+        self.actor = nn.Sequential(
+            layer_init(nn.Linear(size, 64)),
+            nn.Tanh(),
+            layer_init(nn.Linear(64, 64)),
+            nn.Tanh(),
+            layer_init(nn.Linear(64, num_actions), std=0.01),  # so small that every action starts out equally likely
+        )
+        self.critic = nn.Sequential(
+            layer_init(nn.Linear(size, 64)),
+            nn.Tanh(),
+            layer_init(nn.Linear(64, 64)),
+            nn.Tanh(),
+            layer_init(nn.Linear(64, 1), std=1.0),
+        )
+
+    def forward(self, obs):
+        """obs (N, size) -> logits (N, A), values (N,)"""
+        x = self.norm_obs(obs.float())
+        return self.actor(x), self.critic(x).squeeze(-1)
+
+    def act(self, obs, greedy):
+        """obs (N, size) -> actions (N,) int64: the likeliest ones, or sampled as in training."""
+        logits, _ = self(obs)
+        return logits.argmax(-1) if greedy else sample(logits)[0]
+
+
+def sample(logits):
+    """logits (N, A) -> actions (N,) int64 drawn from the policy, and their log-probabilities (N,)"""
+    log_pi = logits.log_softmax(-1)
+    actions = torch.multinomial(log_pi.exp(), 1)  # (N, 1)
+    return actions.squeeze(-1), log_pi.gather(-1, actions).squeeze(-1)
+
+
+# ---- Storage ----
+
+
+class Rollout:
+    """What T steps of N environments gave, preallocated. Row t: what was seen, what was done, what came of it."""
+
+    def __init__(self, num_steps, envs, device):
+        shape, space = (num_steps, envs.num_envs), envs.single_observation_space  # (T, N)
+        dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32  # frames stay bytes: a quarter of the memory
+        self.obs = torch.zeros((*shape, *space.shape), dtype=dtype, device=device)
+        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        self.values = torch.zeros(shape, device=device)
+        self.rewards = torch.zeros(shape, device=device)
+        self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)  # no future after this step
+        self.truncated = torch.zeros(shape, dtype=torch.bool, device=device)  # cut off here, though there was a future
+        self.final_values = torch.zeros(shape, device=device)  # what that future was worth; read where truncated
+
+    def flatten(self, advantages, returns):
+        """All that an update needs, as a dict of (B, ...) tensors, B = T * N. Takes `advantages`, `returns` (T, N)."""
+        batch = {"obs": self.obs, "actions": self.actions, "logprobs": self.logprobs, "values": self.values}
+        return {name: x.flatten(0, 1) for name, x in (batch | {"advantages": advantages, "returns": returns}).items()}
+
+
+# ---- Learning ----
+
+
+def compute_gae(rewards, values, next_values, terminated, ended, gamma, gae_lambda):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16). All (T, N); returns advantages, returns.
+
+    next_values[t] is the value of the observation that step t led to, also where the episode was cut off there:
+    only a terminated episode has no future. `ended` is terminated or truncated: the λ-sum stops at either.
+    """
+    advantages = torch.empty_like(rewards)
+    following = torch.zeros_like(rewards[0])  # advantage of the step after t, (N,)
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * next_values[t] * ~terminated[t] - values[t]
+        advantages[t] = following = delta + gamma * gae_lambda * ~ended[t] * following
+    return advantages, advantages + values
+
+
+def annealed_lr(args, global_step):
+    """The learning rate of an update after `global_step` steps: linear, reaching 0 at --total-timesteps."""
+    return args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
+
+
+def ppo_loss(agent, mb, args):
+    """The loss to minimize on a minibatch `mb`, and its parts by name (Schulman et al. 2017, eq. 7 and 9).
+
+    mb: obs, actions, logprobs, values as the rollout had them, advantages, returns; each (M, ...).
+    """
+    logits, new_values = agent(mb["obs"])  # (M, A), (M,)
+    log_pi = logits.log_softmax(-1)
+    logratio = log_pi.gather(-1, mb["actions"].unsqueeze(-1)).squeeze(-1) - mb["logprobs"]  # (M,)
+    ratio = logratio.exp()
+
+    advantages = mb["advantages"]
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+
+    value_loss = (new_values - mb["returns"]) ** 2
+    if args.clip_vloss:  # the worse of the two errors, so that clipping never hides one
+        clipped_values = mb["values"] + (new_values - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
+        value_loss = torch.max(value_loss, (clipped_values - mb["returns"]) ** 2)
+    value_loss = 0.5 * value_loss.mean()
+
+    entropy = -(log_pi.exp() * log_pi).sum(-1).mean()
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    parts = {
+        "value_loss": value_loss,
+        "policy_loss": policy_loss,
+        "entropy": entropy,
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": (ratio - 1 - logratio).mean(),  # never negative, less noisy (joschu.net/blog/kl-approx.html)
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+    }
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def ppo_update(agent, optimizer, batch, args):
+    """Epochs of minibatch steps on one rollout, a dict of (B, ...) tensors. Returns each loss's mean over all steps."""
+    size = len(batch["obs"])
+    steps = []  # of each gradient step, its losses; they stay on the device, to wait for it once and not at each step
+    for _ in range(args.update_epochs):
+        for mb_inds in torch.randperm(size, device=batch["obs"].device).split(size // args.num_minibatches):
+            loss, parts = ppo_loss(agent, {name: x[mb_inds] for name, x in batch.items()}, args)
+            optimizer.zero_grad()
+            loss.backward()
+            parts["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # before clipping
+            optimizer.step()
+            steps.append(parts)
+        epoch_kl = torch.stack([parts["approx_kl"] for parts in steps[-args.num_minibatches :]]).mean()
+        if args.target_kl is not None and epoch_kl > args.target_kl:
+            break
+    means = torch.stack([torch.stack(list(parts.values())) for parts in steps]).mean(0)
+    return dict(zip(steps[0], means.tolist(), strict=True))
+
+
+# ---- Checkpoint ----
+
+
+def save_checkpoint(run_dir, args, global_step, **state):
+    """Write all that --resume and evaluate.py need to {run_dir}/checkpoints/{global_step}.pt; whole, or not at all."""
+    checkpoint = {
+        "format": FORMAT,
+        "script": Path(__file__).stem,
+        "args": dataclasses.asdict(args),
+        "global_step": global_step,
+        **state,
+        "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "versions": {"torch": str(torch.__version__), "gymnasium": gym.__version__, "numpy": np.__version__},
+    }
+    path = run_dir / "checkpoints" / f"{global_step:012d}.pt"
+    unfinished = path.with_suffix(".tmp")
+    with open(unfinished, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())  # else the new name could reach the disk before what it names
+    unfinished.replace(path)
+
+
+def find_checkpoint(path):
+    """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("checkpoints/*.pt"))  # the step is padded with zeros: by name is by step
+        if not found:
+            fail(f"{path} holds no checkpoint (checkpoints/*.pt).")
+        path = found[-1]
+    if not path.is_file():
+        fail(f"{path} does not exist.")
+    return path
+
+
+def load_checkpoint(path):
+    """Read a checkpoint onto the CPU. Runs nothing that is in the file, whoever wrote it, and refuses damaged ones."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load alone takes a flipped bit for a weight
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # which one depends on the byte that is wrong
+        fail(f"{path} is damaged, or no checkpoint of these scripts ({type(error).__name__}).")
+    if damaged:
+        fail(f"{path} is damaged: the checksum of {damaged} is wrong.")
+    required = {"format", "script", "args", "global_step", "model"}
+    if not isinstance(checkpoint, dict) or not required <= checkpoint.keys():
+        fail(f"{path} is no checkpoint of these scripts.")
+    if checkpoint["format"] != FORMAT:
+        fail(f"{path} has format {checkpoint['format']}; this program reads format {FORMAT}.")
+    return checkpoint
+
+
+def read_args():
+    """Args from the command line. Beside --resume, what the command line leaves out is as the checkpoint has it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    resume = parser.parse_known_args()[0].resume
+    if resume is None:
+        return tyro.cli(Args, description=__doc__)
+    path = find_checkpoint(resume).resolve()
+    saved = load_checkpoint(path)["args"]
+    if unknown := saved.keys() - {field.name for field in dataclasses.fields(Args)}:
+        fail(f"{path} was written by a script with other arguments: {', '.join(sorted(unknown))}.")
+    run_dir = str(path.parents[1]) if path.parent.name == "checkpoints" else None
+    args = tyro.cli(Args, description=__doc__, default=Args(**saved | {"resume": str(path), "run_dir": run_dir}))
+    if args.env_id != saved["env_id"]:
+        fail(f"--env-id {args.env_id} cannot go on from a checkpoint of {saved['env_id']}.", code=2)
+    return dataclasses.replace(args, resume=str(path))
+
+
+# ---- Training ----
+
+
+def open_run(args):
+    """Make the run folder and record in it what runs: args.json, script.py. Returns its Path."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}")
+    held = sorted(run_dir.glob("checkpoints/*.pt"))
+    if held and (args.resume is None or held[-1].resolve() != Path(args.resume)):
+        fail(f"{run_dir} already holds {held[-1].name}: go on with --resume {run_dir}, or name another --run-dir.")
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+        (run_dir / "script.py").write_text(Path(__file__).read_text())
+    except OSError as error:
+        fail(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
+    return run_dir
+
+
+def open_writer(args, run_dir, global_step):
+    """TensorBoard's writer for the run folder. With --track, Weights & Biases receives what is written to it."""
+    if args.track:
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            fail("--track needs Weights & Biases: pip install wandb.")
+        project, entity, config = args.wandb_project_name, args.wandb_entity, dataclasses.asdict(args)
+        wandb.init(project=project, entity=entity, config=config, name=run_dir.name, dir=run_dir, sync_tensorboard=True)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what a run wrote after its last checkpoint
+    rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}", global_step)
+    return writer
+
+
+class Lines:
+    """A stream for tqdm where there is no terminal: each state of the bar becomes a line of its own."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
+def progress_bar(total, initial):
+    """A bar of steps with rate and time left; in a log file, a line of the same every ten seconds."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit=" steps",
+        unit_scale=True,
+        bar_format="{percentage:3.0f}% of {total_fmt} steps, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}",
+        file=sys.stderr if terminal else Lines(),
+        mininterval=0.5 if terminal else 10,
+        miniters=1,
+    )
+
+
+def train(args):
+    """Train as `args` say; returns the run folder."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_num_threads(1)  # layers this small are slower on two
+    torch.manual_seed(args.seed)
+
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    global_step = checkpoint["global_step"] if checkpoint else 0
+    if global_step >= args.total_timesteps:
+        fail(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.", code=0)
+    envs = make_envs(args, args.num_envs, spread_seed(1, args.seed, global_step), training=True)
+    agent = Agent(envs, args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    learning_rate = f"learning rate {annealed_lr(args, global_step):.3g}"
+    if checkpoint:
+        agent.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"]["torch"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+        learning_rate += f" (last {optimizer.param_groups[0]['lr']:.3g})"
+    rollout = Rollout(args.num_steps, envs, device)
+
+    run_dir = open_run(args)
+    writer = open_writer(args, run_dir, global_step)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU" + " (no GPU found)" * args.cuda
+    steps = f"steps {global_step:,} to {args.total_timesteps:,}, {learning_rate}"
+    print(f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}, {steps}, in {run_dir}", flush=True)
+    bar = progress_bar(args.total_timesteps, global_step)
+    save_freq = args.save_freq or max(1, args.total_timesteps // 10)
+    next_save = (global_step // save_freq + 1) * save_freq
+    start_time, start_step = time.monotonic(), global_step
+
+    obs, _ = envs.reset()
+    next_obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=device)  # (N, size)
+    episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
+    recent_returns = deque(maxlen=100)
+
+    while global_step < args.total_timesteps:
+        optimizer.param_groups[0]["lr"] = annealed_lr(args, global_step)
+
+        # Collect
+        with torch.no_grad():
+            for t in range(args.num_steps):
+                logits, values = agent(next_obs)
+                actions, logprobs = sample(logits)
+                rollout.obs[t], rollout.actions[t], rollout.logprobs[t] = next_obs, actions, logprobs
+                rollout.values[t] = values
+
+                obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
+                next_obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=device)
+                rollout.rewards[t] = torch.as_tensor(rewards)
+                rollout.terminated[t] = torch.as_tensor(terminated)
+                rollout.truncated[t] = torch.as_tensor(truncated)
+                if truncated.any():
+                    final_obs = np.stack(infos["final_obs"][truncated])  # `obs` is already the next episode's
+                    final_obs = torch.as_tensor(final_obs, dtype=rollout.obs.dtype, device=device)
+                    rollout.final_values[t, torch.as_tensor(truncated)] = agent(final_obs)[1]
+
+                episode_return += rewards
+                episode_length += 1
+                for i in np.flatnonzero(terminated | truncated):
+                    step = global_step + int(i) + 1  # this environment's own: episodes that end together all show
+                    writer.add_scalar("charts/episodic_return", episode_return[i], step)
+                    writer.add_scalar("charts/episodic_length", episode_length[i], step)
+                    recent_returns.append(episode_return[i])
+                    episode_return[i] = episode_length[i] = 0
+                global_step += args.num_envs
+
+            # Estimate
+            next_values = torch.cat([rollout.values[1:], agent(next_obs)[1].unsqueeze(0)])  # (T, N)
+            next_values = torch.where(rollout.truncated, rollout.final_values, next_values)
+            ended = rollout.terminated | rollout.truncated
+            advantages, returns = compute_gae(
+                rollout.rewards, rollout.values, next_values, rollout.terminated, ended, args.gamma, args.gae_lambda
+            )
+
+        # Learn
+        batch = rollout.flatten(advantages, returns)
+        losses = ppo_update(agent, optimizer, batch, args)
+        if args.norm_obs:
+            agent.norm_obs.update(batch["obs"])  # only now: what was updated is the policy that had acted
+
+        # Log
+        losses["explained_variance"] = (1 - (returns - rollout.values).var() / returns.var()).item()
+        for name, value in losses.items():
+            writer.add_scalar(f"losses/{name}", value, global_step)
+        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        writer.add_scalar("charts/SPS", (global_step - start_step) / (time.monotonic() - start_time), global_step)
+        if recent_returns:
+            bar.set_postfix_str(f"return {np.mean(recent_returns):.1f} (last {len(recent_returns)})", refresh=False)
+        bar.update(min(global_step, args.total_timesteps) - bar.n)
+
+        # Save
+        if global_step >= min(next_save, args.total_timesteps):
+            writer.flush()
+            save_checkpoint(run_dir, args, global_step, model=agent.state_dict(), optimizer=optimizer.state_dict())
+            next_save = (global_step // save_freq + 1) * save_freq
+
+    bar.close()
+    envs.close()
+    writer.close()
+    print(f"Done. Score it: python evaluate.py {run_dir}")
+    return run_dir
+
+
+if __name__ == "__main__":
+    train(read_args())
