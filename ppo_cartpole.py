@@ -261,7 +261,7 @@ def compute_gae(rewards, values, next_values, terminated, ended, gamma, gae_lamb
     following = torch.zeros_like(rewards[0])  # advantage of the step after t, (N,)
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * next_values[t] * ~terminated[t] - values[t]
-        advantages[t] = following = delta + gamma * gae_lambda * ~ended[t] * following
+        advantages[t] = following = delta + gamma * gae_lambda * following * ~ended[t]
     return advantages, advantages + values
 
 

@@ -1,0 +1,63 @@
+"""What several test files share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ppo_atari
+import ppo_cartpole
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"ppo_cartpole": ppo_cartpole, "ppo_atari": ppo_atari}
+SHORT = {  # two updates and a bit: the least that passes through everything
+    "ppo_cartpole": {"total_timesteps": 600, "save_freq": 300},
+    "ppo_atari": {
+        "total_timesteps": 80,
+        "save_freq": 40,
+        "num_envs": 2,
+        "num_steps": 16,
+        "num_minibatches": 2,
+        "cuda": False,
+    },
+}
+
+
+def flags(args):
+    """{"num_envs": 2, "cuda": False} -> ["--num-envs", "2", "--no-cuda"]"""
+    out = []
+    for name, value in args.items():
+        name = name.replace("_", "-")
+        out += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return out
+
+
+def run(script, *arguments, cwd):
+    """Run a script of the project as a user would; its CompletedProcess, with text output."""
+    command = [sys.executable, ROOT / script, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def reload(module, run_dir):
+    """The newest checkpoint of a run, and the agent in it."""
+    checkpoint = module.load_checkpoint(module.find_checkpoint(run_dir))
+    args = module.Args(**checkpoint["args"])
+    agent = module.Agent(module.make_envs(args, 1, seed=0, training=False), args)
+    agent.load_state_dict(checkpoint["model"])
+    return checkpoint, agent
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each training script's name in turn."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def leave_torch_as_it_was():
+    """Training in this process sets seeds and threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,241 @@
+"""What is saved is whole, safe to open, and goes on where it stopped."""
+
+import json
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, SHORT, flags, reload
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import evaluate
+from ppo_cartpole import load_checkpoint, spread_seed
+
+
+@pytest.fixture
+def trained(script, tmp_path):
+    """A short run of each script: module, run folder, the Args it had."""
+    module = SCRIPTS[script]
+    args = module.Args(run_dir=str(tmp_path / "run"), **SHORT[script])
+    return module, module.train(args), args
+
+
+@pytest.fixture
+def checkpoint_file(tmp_path):
+    """A checkpoint of ppo_cartpole.py, alone in a folder."""
+    module = SCRIPTS["ppo_cartpole"]
+    run_dir = module.train(module.Args(run_dir=str(tmp_path / "made"), **SHORT["ppo_cartpole"]))
+    return module.find_checkpoint(run_dir)
+
+
+def refusal(path, capsys):
+    """What load_checkpoint says of a file that it must refuse: one sentence, exit code 1."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        load_checkpoint(path)
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert str(path) in message
+    return message
+
+
+def curve(run_dir, tag):
+    """(step, value) of a TensorBoard tag."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_run_folder_holds_what_the_design_says(trained):
+    module, run_dir, args = trained
+    assert json.loads((run_dir / "args.json").read_text())["env_id"] == args.env_id
+    assert (run_dir / "script.py").read_text() == open(module.__file__).read()
+    batch = args.num_envs * args.num_steps
+    steps = [int(path.stem) for path in sorted((run_dir / "checkpoints").iterdir())]
+    rollouts = range(batch, args.total_timesteps + batch, batch)  # the last one is played to its end
+    marks = [*range(args.save_freq, rollouts[-1], args.save_freq), rollouts[-1]]
+    saved = {next(step for step in rollouts if step >= mark) for mark in marks}
+    assert len(saved) < len(rollouts)
+    assert steps == sorted(saved)
+    checkpoint = module.load_checkpoint(module.find_checkpoint(run_dir))
+    assert {"format", "script", "args", "global_step", "model", "optimizer", "rng", "versions"} <= checkpoint.keys()
+    assert checkpoint["global_step"] == steps[-1]
+
+
+def test_the_logs_have_the_tags_people_plot(trained):
+    _, run_dir, _ = trained
+    tags = EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]
+    losses = "value_loss policy_loss entropy old_approx_kl approx_kl clipfrac explained_variance grad_norm"
+    assert {f"losses/{name}" for name in losses.split()} | {"charts/learning_rate", "charts/SPS"} <= set(tags)
+
+
+def test_same_seed_same_run_another_seed_another(script, tmp_path):
+    module = SCRIPTS[script]
+    models = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_dir = module.train(module.Args(seed=seed, run_dir=str(tmp_path / name), **SHORT[script]))
+        models.append(module.load_checkpoint(module.find_checkpoint(run_dir))["model"])
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    assert not any(torch.equal(models[0][key], models[2][key]) for key in models[0] if key.endswith("weight"))
+
+
+def test_runs_with_neighbouring_seeds_share_no_environment_seed(script, tmp_path, monkeypatch):
+    module, seeds = SCRIPTS[script], []
+    make_envs = module.make_envs
+    monkeypatch.setattr(
+        module, "make_envs", lambda args, n, seed, training: seeds.append(seed) or make_envs(args, n, seed, training)
+    )
+    for seed in (1, 2, 3):
+        module.train(module.Args(seed=seed, run_dir=str(tmp_path / str(seed)), **SHORT[script]))
+    seeds += [spread_seed(2, seed) for seed in (1, 2, 3)]  # evaluate.py's
+    assert len(seeds) == 6
+    assert np.diff(sorted(seeds)).min() > 4096  # more environments than anyone runs
+
+
+def test_resume_goes_on_with_everything(trained, tmp_path, monkeypatch, capsys):
+    module, run_dir, args = trained
+    before = module.load_checkpoint(module.find_checkpoint(run_dir))
+    restored = {}
+
+    def watch(agent, optimizer, batch, args, update=module.ppo_update):
+        if not restored:
+            restored.update(
+                model={k: v.clone() for k, v in agent.state_dict().items()}, lr=optimizer.param_groups[0]["lr"]
+            )
+            restored["moments"] = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
+        return update(agent, optimizer, batch, args)
+
+    monkeypatch.setattr(module, "ppo_update", watch)
+    longer = 2 * args.total_timesteps
+    monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir), "--total-timesteps", str(longer)])
+    resumed = module.read_args()
+    assert resumed.num_envs == args.num_envs
+    assert module.train(resumed) == run_dir.resolve()
+
+    assert all(torch.equal(restored["model"][k], before["model"][k]) for k in before["model"])
+    saved = before["optimizer"]["state"].values()
+    for ours, theirs in zip(restored["moments"], saved, strict=True):
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert restored["lr"] == pytest.approx(args.learning_rate * (1 - before["global_step"] / longer))
+    assert f"learning rate {restored['lr']:.3g} (last" in capsys.readouterr().out
+    after = module.load_checkpoint(module.find_checkpoint(run_dir))
+    assert after["global_step"] >= longer
+    steps = [step for step, _ in curve(run_dir, "losses/entropy")]
+    assert steps == sorted(set(steps))  # nothing doubled
+
+    monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir)])
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.read_args())
+    assert stop.value.code == 0
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_what_a_run_wrote_after_its_last_checkpoint_is_not_doubled(tmp_path, monkeypatch):
+    """A run that dies between checkpoints has logged steps that the resumed run plays again."""
+    module = SCRIPTS["ppo_cartpole"]
+    save, calls = module.save_checkpoint, []
+
+    def save_once(*args, **state):
+        calls.append(args)
+        return save(*args, **state) if len(calls) == 1 else None
+
+    monkeypatch.setattr(module, "save_checkpoint", save_once)
+    run_dir = module.train(module.Args(run_dir=str(tmp_path / "run"), total_timesteps=2560, save_freq=1024))
+    monkeypatch.setattr(module, "save_checkpoint", save)
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["000000001024.pt"]
+    monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir)])
+    module.train(module.read_args())
+    steps = [step for step, _ in curve(run_dir, "losses/entropy")]
+    assert steps == list(range(256, 2561, 256))
+
+
+def test_a_folder_with_a_checkpoint_is_not_overwritten(trained, capsys):
+    module, run_dir, args = trained
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        module.train(args)
+    assert stop.value.code == 1
+    assert f"--resume {run_dir}" in capsys.readouterr().err
+    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint_and_no_new_one(tmp_path, monkeypatch):
+    module = SCRIPTS["ppo_cartpole"]
+    args = module.Args(run_dir=str(tmp_path / "run"), **SHORT["ppo_cartpole"])
+    run_dir = module.train(args)
+    whole = module.find_checkpoint(run_dir).read_bytes()
+
+    def half(checkpoint, file):
+        file.write(whole[: len(whole) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space"):
+        module.save_checkpoint(run_dir, args, 999, model={}, optimizer={})
+    assert module.find_checkpoint(run_dir).read_bytes() == whole
+    assert not (run_dir / "checkpoints" / f"{999:012d}.pt").exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("payload_ran",)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "script": "ppo_cartpole", "args": {}, "global_step": 0, "model": Payload()}, "evil.pt")
+    refusal("evil.pt", capsys)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload()))
+    refusal("plain.pt", capsys)
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(checkpoint="evil.pt"))
+    assert not (tmp_path / "payload_ran").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_a_shortened_checkpoint_is_refused(keep, checkpoint_file, capsys):
+    whole = checkpoint_file.read_bytes()
+    checkpoint_file.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
+    assert "damaged" in refusal(checkpoint_file, capsys)
+
+
+def test_a_flipped_bit_in_a_weight_is_refused(checkpoint_file, capsys):
+    whole = bytearray(checkpoint_file.read_bytes())
+    with zipfile.ZipFile(checkpoint_file) as file:
+        largest = max(file.infolist(), key=lambda info: info.file_size)
+    middle = largest.header_offset + 200 + largest.file_size // 2
+    whole[middle] ^= 1
+    checkpoint_file.write_bytes(whole)
+    assert torch.load(checkpoint_file, weights_only=True)["format"] == 1  # torch alone does not notice
+    assert "damaged" in refusal(checkpoint_file, capsys)
+
+
+def test_other_formats_and_foreign_files_are_refused(checkpoint_file, tmp_path, capsys):
+    checkpoint = load_checkpoint(checkpoint_file)
+    torch.save(checkpoint | {"format": 2}, tmp_path / "newer.pt")
+    message = refusal(tmp_path / "newer.pt", capsys)
+    assert "format 2" in message
+    assert "format 1" in message
+    torch.save(checkpoint["model"], tmp_path / "weights.pt")
+    assert "no checkpoint of these scripts" in refusal(tmp_path / "weights.pt", capsys)
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    assert "no checkpoint of these scripts" in refusal(tmp_path / "tensor.pt", capsys)
+
+
+def test_norm_obs_is_saved_and_reloaded_and_frozen(tmp_path):
+    module = SCRIPTS["ppo_cartpole"]
+    run_dir = module.train(module.Args(run_dir=str(tmp_path / "run"), norm_obs=True, **SHORT["ppo_cartpole"]))
+    checkpoint, agent = reload(module, run_dir)
+    assert agent.norm_obs.count == checkpoint["global_step"]
+    assert agent.norm_obs.var.ne(1).all()
+    before = {k: v.clone() for k, v in agent.state_dict().items()}
+    evaluate.score(module.find_checkpoint(run_dir), evaluate.Args(checkpoint=str(run_dir), episodes=2))
+    assert all(torch.equal(before[k], v) for k, v in agent.state_dict().items())
+
+
+def test_flags_round_trip():
+    """The tests' own helper: a flag and its negation."""
+    assert flags({"num_envs": 2, "cuda": False, "norm_obs": True}) == ["--num-envs", "2", "--no-cuda", "--norm-obs"]

@@ -1,0 +1,177 @@
+"""evaluate.py: what is reloaded acts as what was saved, and the score is fair."""
+
+import json
+import shutil
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, SHORT, run
+from gymnasium.vector import AutoresetMode
+from probes import PROBES
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+import evaluate
+import ppo_cartpole
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A short run of ppo_cartpole.py with three checkpoints."""
+    return ppo_cartpole.train(ppo_cartpole.Args(run_dir=str(tmp_path / "run"), total_timesteps=768, save_freq=256))
+
+
+def test_what_is_reloaded_acts_as_what_was_saved(script, tmp_path, monkeypatch):
+    module, made = SCRIPTS[script], []
+    agent_class = module.Agent
+    monkeypatch.setattr(module, "Agent", lambda *a: made.append(agent_class(*a)) or made[-1])
+    run_dir = module.train(module.Args(run_dir=str(tmp_path / "run"), **SHORT[script]))
+    args = evaluate.Args(checkpoint=str(run_dir), episodes=2)
+    _, envs, agent = evaluate.rebuild(evaluate.find_checkpoint(run_dir), args, 2)
+    obs, _ = envs.reset()
+    for _ in range(20):
+        obs = torch.as_tensor(obs)
+        with torch.no_grad():
+            assert torch.equal(made[0](obs)[0], agent(obs)[0])
+            greedy = agent.act(obs, greedy=True)
+            assert greedy.dtype == torch.int64
+            assert torch.equal(made[0].act(obs, greedy=True), greedy)
+            torch.manual_seed(0)
+            actions = agent.act(obs, greedy=False)
+            torch.manual_seed(0)
+            assert torch.equal(made[0].act(obs, greedy=False), actions)
+        obs = envs.step(actions.numpy())[0]
+
+
+class Hare(gym.vector.VectorEnv):
+    """Environment 0 ends at each step with return 1, environment 1 at each tenth with return 10."""
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+    num_envs = 2
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.zeros((2, 1), np.float32), {}
+
+    def step(self, actions):
+        self.t += 1
+        ended = np.array([True, self.t % 10 == 0])
+        return np.zeros((2, 1), np.float32), np.ones(2), ended, np.zeros(2, bool), {}
+
+
+class Idle(torch.nn.Linear):
+    def act(self, obs, greedy):
+        return torch.zeros(len(obs), dtype=torch.int64)
+
+
+@pytest.mark.parametrize(("episodes", "short", "long"), [(6, 3, 3), (7, 4, 3)])
+def test_every_environment_plays_its_share_however_long_its_episodes(episodes, short, long):
+    returns, lengths, _ = evaluate.play(Hare(), Idle(1, 1), episodes, True, tqdm(disable=True))
+    assert sorted(returns) == [1.0] * short + [10.0] * long
+    assert sorted(lengths) == [1] * short + [10] * long
+
+
+def test_the_same_seed_gives_the_same_score(run_dir):
+    path = evaluate.find_checkpoint(run_dir)
+    scores = [evaluate.score(path, evaluate.Args(str(run_dir), seed=seed))["returns"] for seed in (1, 1, 2)]
+    assert scores[0] == scores[1] != scores[2]
+
+
+def test_json_holds_what_the_readme_says(run_dir, tmp_path):
+    done = run(
+        "evaluate.py", run_dir, "--episodes", 5, "--num-envs", 2, "--greedy", "--json", "score.json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "score.json").read_text())
+    returns = result["returns"]
+    assert result["episodes"] == len(returns) == len(result["lengths"]) == 5
+    assert returns == result["lengths"]  # CartPole pays 1 for each step
+    assert result["mean_return"] == pytest.approx(np.mean(returns))
+    assert result["std_return"] == pytest.approx(np.std(returns))
+    assert result["ci95"][0] <= result["mean_return"] <= result["ci95"][1]
+    assert result["env_id"] == "CartPole-v1"
+    assert result["checkpoint"].endswith("000000000768.pt")
+    assert (result["global_step"], result["greedy"], result["seed"]) == (768, True, 1)
+    assert result["truncated"] == 0
+    assert result["human_normalized"] is None
+    assert f"return {np.mean(returns):.2f} ± {np.std(returns):.2f} over 5 episodes" in done.stdout
+
+
+def test_episodes_that_ran_into_the_time_limit_are_counted(tmp_path):
+    args = ppo_cartpole.Args(env_id=PROBES["TruncatedEndless"], run_dir=str(tmp_path / "run"), total_timesteps=512)
+    path = evaluate.find_checkpoint(ppo_cartpole.train(args))
+    assert evaluate.score(path, evaluate.Args(str(path), episodes=4))["truncated"] == 4
+
+
+def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    intervals = [evaluate.bootstrap_interval(random.normal(7, 2, 50), samples=500) for _ in range(300)]
+    assert 0.9 < np.mean([low <= 7 <= high for low, high in intervals]) < 0.98
+
+
+def test_human_normalized_score():
+    assert evaluate.human_normalized("BreakoutNoFrameskip-v4", 30.5) == pytest.approx(1)
+    assert evaluate.human_normalized("ALE/Pong-v5", -20.7) == pytest.approx(0)
+    assert evaluate.human_normalized("CartPole-v1", 500) is None
+    assert len(evaluate.RANDOM_AND_HUMAN) == 57
+
+
+def test_all_scores_every_checkpoint_and_leaves_the_training_curves_alone(run_dir):
+    training = EventAccumulator(str(run_dir)).Reload().Scalars("losses/entropy")
+    for _ in range(2):  # again during a run: the curve is written anew, not doubled
+        evaluate.main(evaluate.Args(str(run_dir), episodes=2, all=True))
+    curve = EventAccumulator(str(run_dir / "eval")).Reload().Scalars("eval/episodic_return")
+    assert [event.step for event in curve] == [256, 512, 768]
+    assert EventAccumulator(str(run_dir)).Reload().Scalars("losses/entropy") == training
+
+
+def copied(run_dir, tmp_path, source, name="my_idea"):
+    """The run's newest checkpoint as a script `name` with this source would have written it."""
+    path = evaluate.find_checkpoint(run_dir)
+    torch.save(evaluate.load_checkpoint(path) | {"script": name}, path)
+    (tmp_path / "my_idea.py").write_text(source)
+    return path
+
+
+def test_a_copied_script_is_found_beside_evaluate_or_with_script(run_dir, tmp_path):
+    source = (ROOT / "ppo_cartpole.py").read_text()
+    path = copied(run_dir, tmp_path, source)
+    shutil.copy(ROOT / "evaluate.py", tmp_path)
+    done = run(tmp_path / "evaluate.py", path, "--episodes", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run("evaluate.py", path, "--episodes", 1, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "my_idea.py" in done.stderr
+    assert "--script" in done.stderr
+    done = run("evaluate.py", path, "--episodes", 1, "--script", "my_idea.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["../my_idea", "/tmp/my_idea", "my.idea", "my_idea.py", "", 7])
+def test_a_script_name_that_is_no_bare_module_name_is_refused(name, run_dir, tmp_path, capsys):
+    path = copied(run_dir, tmp_path, "raise SystemExit('it ran')", name)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(evaluate.Args(str(path)))
+    assert stop.value.code == 1
+    assert "bare module name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("nn.Linear(64, 64)", "nn.Linear(64, 32)"), ("norm_obs: bool", "normalize: bool"), ("def make_envs", "def made")],
+)
+def test_an_edited_script_gets_a_hint_and_not_a_traceback(old, new, run_dir, tmp_path, capsys):
+    source = (ROOT / "ppo_cartpole.py").read_text().replace(old, new)
+    if "32" in new:
+        source = source.replace("nn.Linear(64, num_actions)", "nn.Linear(32, num_actions)").replace(
+            "nn.Linear(64, 1)", "nn.Linear(32, 1)"
+        )
+    path = copied(run_dir, tmp_path, source)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(evaluate.Args(str(path), script=str(tmp_path / "my_idea.py")))
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "script.py" in message or "make_envs" in message

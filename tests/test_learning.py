@@ -1,0 +1,207 @@
+"""The mathematics against independent computations, and each script's learning on problems with known answers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, reload
+from probes import PROBES, PixelProbe
+from torch.distributions import Categorical
+
+import ppo_atari
+import ppo_cartpole
+from ppo_cartpole import Args, RunningNorm, annealed_lr, compute_gae, ppo_loss, sample
+
+
+def lambda_return(rewards, next_values, terminated, ended, t, gamma, lam):
+    """The λ-return of one environment from its definition (Sutton & Barto 2018, eq. 12.3), in O(T) for each t."""
+    last = next((k for k in range(t, len(rewards)) if ended[k]), len(rewards) - 1)
+    n_step = []  # the 1-step, 2-step, ... return, up to the end of the episode or of the data
+    for k in range(t, last + 1):
+        reward_sum = sum(gamma ** (j - t) * rewards[j] for j in range(t, k + 1))
+        n_step.append(reward_sum + gamma ** (k - t + 1) * next_values[k] * (not terminated[k]))
+    weights = [(1 - lam) * lam**n for n in range(len(n_step) - 1)] + [lam ** (len(n_step) - 1)]
+    return sum(w * g for w, g in zip(weights, n_step, strict=True))
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (0.9, 0.0), (0.9, 1.0), (1.0, 0.5)])
+def test_gae_is_the_lambda_return(gamma, lam):
+    random = np.random.default_rng(0)
+    T, N = 24, 16
+    rewards, values, next_values = random.normal(size=(3, T, N))
+    terminated = random.random((T, N)) < 0.15
+    ended = terminated | (random.random((T, N)) < 0.15)
+    next_values[:-1] = np.where(ended[:-1], next_values[:-1], values[1:])  # only an ended row leads elsewhere
+    arrays = [torch.as_tensor(x) for x in (rewards, values, next_values, terminated, ended)]
+    advantages, returns = compute_gae(*arrays, gamma, lam)
+    for t in range(T):
+        for n in range(N):
+            expected = lambda_return(*(x[:, n] for x in (rewards, next_values, terminated, ended)), t, gamma, lam)
+            assert returns[t, n].item() == pytest.approx(expected, abs=1e-9)
+            assert advantages[t, n].item() == pytest.approx(expected - values[t, n], abs=1e-9)
+
+
+class Linear(torch.nn.Module):
+    """An agent whose outputs are its parameters."""
+
+    def __init__(self, size, num_actions):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.randn(size, num_actions, dtype=torch.float64))
+        self.values = torch.nn.Parameter(torch.randn(size, dtype=torch.float64))
+
+    def forward(self, obs):
+        return self.logits, self.values
+
+
+@pytest.mark.parametrize("clip_vloss", [False, True])
+@pytest.mark.parametrize("norm_adv", [False, True])
+def test_ppo_loss_matches_a_loop_over_its_definition(clip_vloss, norm_adv):
+    torch.manual_seed(0)
+    size, num_actions, clip = 32, 3, 0.2
+    agent = Linear(size, num_actions)
+    mb = {"obs": torch.zeros(size), "actions": torch.randint(num_actions, (size,))}
+    mb |= {name: torch.randn(size, dtype=torch.float64) for name in ("values", "advantages", "returns")}
+    new_logprobs = Categorical(logits=agent.logits.detach()).log_prob(mb["actions"])
+    mb["logprobs"] = new_logprobs + 0.3 * torch.randn(size, dtype=torch.float64)
+    args = Args(clip_coef=clip, clip_vloss=clip_vloss, norm_adv=norm_adv, ent_coef=0.02, vf_coef=0.7)
+
+    advantages = mb["advantages"].numpy()
+    if norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
+    policy, value, clipped = [], [], []
+    for i in range(size):
+        ratio = np.exp(new_logprobs[i].item() - mb["logprobs"][i].item())
+        policy.append(-min(ratio * advantages[i], np.clip(ratio, 1 - clip, 1 + clip) * advantages[i]))
+        clipped.append(abs(ratio - 1) > clip)
+        new, old, target = (x[i].item() for x in (agent.values, mb["values"], mb["returns"]))
+        error = (new - target) ** 2
+        value.append(0.5 * (max(error, (old + np.clip(new - old, -clip, clip) - target) ** 2) if clip_vloss else error))
+    entropy = Categorical(logits=agent.logits.detach()).entropy().mean().item()
+
+    loss, parts = ppo_loss(agent, mb, args)
+    assert 0 < np.mean(clipped) < 1  # both sides of the clipping are on trial
+    assert parts["policy_loss"].item() == pytest.approx(np.mean(policy))
+    assert parts["value_loss"].item() == pytest.approx(np.mean(value))
+    assert parts["entropy"].item() == pytest.approx(entropy)
+    assert parts["clipfrac"].item() == pytest.approx(np.mean(clipped))
+    assert loss.item() == pytest.approx(np.mean(policy) - 0.02 * entropy + 0.7 * np.mean(value))
+
+
+def test_sampled_actions_follow_the_policy():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    actions, logprobs = sample(logits.expand(60_000, 3))
+    frequencies = actions.bincount(minlength=3) / len(actions)
+    assert torch.allclose(frequencies, logits.softmax(0), atol=0.01)
+    assert torch.allclose(logprobs, Categorical(logits=logits).log_prob(actions))
+
+
+def test_running_norm_is_the_mean_and_variance_of_all_it_saw():
+    torch.manual_seed(0)
+    batches = [torch.randn(size, 3) * 5 + torch.tensor([100.0, 0.0, -7.0]) for size in (1, 50, 7, 400)]
+    norm = RunningNorm(3)
+    for batch in batches:
+        norm.update(batch)
+    everything = torch.cat(batches)
+    assert torch.allclose(norm.mean, everything.mean(0), rtol=1e-4)
+    assert torch.allclose(norm.var, everything.var(0, correction=0), rtol=1e-3)
+    before = norm.mean.clone()
+    assert norm(everything).std(0).sub(1).abs().max() < 0.01
+    assert torch.equal(norm.mean, before)  # only update() learns
+
+
+def test_learning_rate_reaches_its_ends():
+    args = Args(learning_rate=0.5, total_timesteps=1000)
+    assert [annealed_lr(args, step) for step in (0, 500, 1000)] == [0.5, 0.25, 0.0]
+    assert annealed_lr(Args(learning_rate=0.5, total_timesteps=1000, anneal_lr=False), 1000) == 0.5
+
+
+def test_target_kl_ends_the_update_after_a_whole_epoch():
+    torch.manual_seed(0)
+    args = Args(num_minibatches=4, update_epochs=5, learning_rate=0.1, target_kl=1e-9)
+    envs = ppo_cartpole.make_envs(args, 8, seed=0, training=True)
+    agent = ppo_cartpole.Agent(envs, args)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
+    obs = torch.randn(64, 4)
+    actions, logprobs = sample(agent(obs)[0].detach())
+    batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
+    batch |= {name: torch.randn(64) for name in ("values", "advantages", "returns")}
+    ppo_cartpole.ppo_update(agent, optimizer, batch, args)
+    assert optimizer.state[next(agent.parameters())]["step"] == 4  # one epoch of four minibatches, of five
+
+
+def train_on_probe(name, tmp_path, **overrides):
+    """Train ppo_cartpole.py on a probe; the agent, and its values and greedy actions at observations -1, 0 and 1."""
+    settings = dict(num_steps=16, gamma=0.9, gae_lambda=0.9, learning_rate=5e-3, total_timesteps=5120, update_epochs=10)
+    run_dir = ppo_cartpole.train(Args(env_id=PROBES[name], run_dir=str(tmp_path / name), **settings | overrides))
+    agent = reload(ppo_cartpole, run_dir)[1]
+    obs = torch.tensor([[-1.0], [0.0], [1.0]])
+    return agent(obs)[1].tolist(), agent.act(obs, greedy=True).tolist()
+
+
+def test_probe_constant_reward(tmp_path):
+    values, _ = train_on_probe("ConstantReward", tmp_path)
+    assert values[2] == pytest.approx(1, abs=0.05)
+
+
+def test_probe_value_depends_on_the_observation(tmp_path):
+    values, _ = train_on_probe("RewardFromObs", tmp_path)
+    assert (values[0], values[2]) == (pytest.approx(-1, abs=0.1), pytest.approx(1, abs=0.1))
+
+
+def test_probe_value_is_discounted(tmp_path):
+    values, _ = train_on_probe("DelayedReward", tmp_path)
+    assert (values[1], values[2]) == (pytest.approx(0.9, abs=0.05), pytest.approx(1, abs=0.05))
+
+
+def test_probe_action(tmp_path):
+    _, actions = train_on_probe("RewardFromAction", tmp_path)
+    assert actions[2] == 1
+
+
+def test_probe_action_depends_on_the_observation(tmp_path):
+    values, actions = train_on_probe("RewardFromActionAndObs", tmp_path)
+    assert (actions[0], actions[2]) == (0, 1)
+    assert values[0] > 0.8
+    assert values[2] > 0.8
+
+
+def test_probe_truncation_is_not_termination(tmp_path):
+    values, _ = train_on_probe("TruncatedEndless", tmp_path, total_timesteps=10240)
+    assert values[2] == pytest.approx(10, rel=0.05)  # 1 / (1 - 0.9); taken for an end, it would be 4.1 at most
+
+
+@pytest.mark.parametrize(("ending", "value"), [("terminated", 1), ("life_lost", 1), ("truncated", 2)])
+def test_pixel_probe(ending, value, tmp_path, monkeypatch):
+    """ppo_atari.py sees what a frame shows, ends the value estimate at a lost life, and not at a truncation."""
+    monkeypatch.setattr(ppo_atari, "make_envs", lambda args, n, seed, training: PixelProbe(n, ending))
+    settings = dict(
+        num_steps=16, num_minibatches=2, gamma=0.5, learning_rate=1e-3, total_timesteps=128 * 12, cuda=False
+    )
+    run_dir = ppo_atari.train(ppo_atari.Args(run_dir=str(tmp_path / "run"), **settings))
+    agent = reload_pixels(run_dir)
+    obs = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 4, 84, 84)
+    assert agent.act(obs, greedy=True).tolist() == [0, 1]
+    assert agent(obs)[1].tolist() == pytest.approx([value, value], rel=0.15)
+
+
+def reload_pixels(run_dir):
+    checkpoint = ppo_atari.load_checkpoint(ppo_atari.find_checkpoint(run_dir))
+    agent = ppo_atari.Agent(PixelProbe(1, "terminated"), None)
+    agent.load_state_dict(checkpoint["model"])
+    return agent
+
+
+def test_ratio_is_one_before_the_first_gradient_step(script):
+    """Rollout and loss see the same policy: else clipping works on an error of ours."""
+    module = SCRIPTS[script]
+    args = module.Args()
+    envs = module.make_envs(args, 4, seed=0, training=True)
+    agent = module.Agent(envs, args)
+    obs = torch.as_tensor(envs.reset()[0])
+    with torch.no_grad():
+        logits, values = agent(obs)
+        actions, logprobs = sample(logits)
+    batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
+    _, parts = module.ppo_loss(agent, batch | {"advantages": torch.randn(4), "returns": torch.randn(4)}, args)
+    assert parts["approx_kl"].item() == pytest.approx(0, abs=1e-6)
+    assert parts["clipfrac"].item() == 0

@@ -1,0 +1,221 @@
+"""What holds for the scripts as files and as commands: what they share, what they say, how they refuse."""
+
+import ast
+import re
+import shlex
+import shutil
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT, SCRIPTS, SHORT, flags, run
+
+FILES = ["ppo_cartpole.py", "ppo_atari.py", "evaluate.py"]
+OWN = {"Args", "make_envs", "Agent", "train"}  # may differ from script to script
+BANNERS = ["Arguments", "Environment", "Network", "Storage", "Learning", "Checkpoint", "Training"]
+PROJECT = {path.stem for path in ROOT.glob("*.py")} | {"tests", "benchmarks"}
+
+
+def definitions(file):
+    """Top-level functions and classes of a file: name -> source."""
+    source = (ROOT / file).read_text()
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    lines = source.splitlines()
+    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("other", FILES)
+def test_what_two_scripts_share_they_share_to_the_letter(file, other):
+    ours, theirs = definitions(file), definitions(other)
+    shared = ours.keys() & theirs.keys() - OWN
+    assert "fail" in shared
+    for name in shared:
+        assert ours[name] == theirs[name], f"{name} differs between {file} and {other}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_inline_requirements_are_requirements_txt(file):
+    source = (ROOT / file).read_text()
+    block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", source).group(1)
+    metadata = tomllib.loads(re.sub(r"(?m)^# ?", "", block))
+    assert metadata["dependencies"] == (ROOT / "requirements.txt").read_text().split()
+    assert metadata["requires-python"] == ">=3.11"
+
+
+def test_scripts_have_the_same_rooms_in_the_same_order(script):
+    assert re.findall(r"(?m)^# ---- (.*) ----$", (ROOT / f"{script}.py").read_text()) == BANNERS
+
+
+def test_a_training_script_stands_alone(script, tmp_path):
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    imported = {
+        alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not imported & PROJECT
+    shutil.copy(ROOT / f"{script}.py", tmp_path / "my_idea.py")
+    done = run(tmp_path / "my_idea.py", *flags(SHORT[script]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert next((tmp_path / "runs").iterdir()).name.split("__")[1] == "my_idea"
+
+
+def test_what_a_user_sees(script, tmp_path):
+    """A first line with what runs and where it writes, lines of progress, a last line with what to do next."""
+    done = run(f"{script}.py", *flags(SHORT[script] | {"cuda": True, "run_dir": "here"}), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()
+    for part in (
+        script,
+        SCRIPTS[script].Args.env_id,
+        "learning rate",
+        "in here",
+        str(SHORT[script]["total_timesteps"]),
+    ):
+        assert part in first
+    assert "no GPU found" in first or "CPU" not in first
+    command = re.search(r"python (evaluate\.py .*)", last).group(1)
+    assert "\r" not in done.stderr
+    assert re.search(r"100% of \d+ steps, .* steps/s, .* gone, .* left", done.stderr.splitlines()[-1])
+    scored = run(*shlex.split(command), "--episodes", 1, cwd=tmp_path)
+    assert scored.returncode == 0, scored.stderr
+
+
+def test_help_explains_every_flag(script):
+    done = run(f"{script}.py", "--help", cwd=ROOT)
+    assert done.returncode == 0
+    assert SCRIPTS[script].__doc__.splitlines()[0][:40] in done.stdout
+    source = definitions(f"{script}.py")["Args"]
+    fields = re.findall(r"(?m)^    (\w+): (.*)$", source)
+    assert len(fields) > 25
+    for name, rest in fields:
+        assert f"--{name.replace('_', '-')}" in done.stdout
+        assert "  # " in rest, f"{name} is not explained"
+
+
+def commands(file):
+    """The `python ...` lines in the code blocks of a Markdown file."""
+    blocks = re.findall(r"(?ms)^```(?:bash|sh)\n(.*?)^```", (ROOT / file).read_text())
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [part for line in lines for part in line.split(" && ") if part.startswith("python ") and ".py" in part]
+
+
+def test_every_command_of_the_readme_runs(tmp_path):
+    """As typed, in order, but short: a training command gets the fewest steps, a scoring command one episode."""
+    for file in (*FILES, "requirements.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    newest = {}
+    assert len(commands("README.md")) >= 5
+    for command in commands("README.md"):
+        words = shlex.split(command)[1:]
+        name = words[0].removesuffix(".py")
+        if name in SCRIPTS:
+            words += [f for f in flags(SHORT[name]) if f.removeprefix("--no-") not in {w.strip("-") for w in words}]
+        words = [str(newest["run"]) if word.startswith("runs/<") else word for word in words]
+        if name == "evaluate" and "--episodes" not in words:
+            words += ["--episodes", "1"]
+        done = run(tmp_path / words[0], *words[1:], cwd=tmp_path)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        newest["run"] = max((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
+
+
+def refuse(module, arguments, monkeypatch, capsys, entry=None):
+    """Exit code and message of a command that must be refused: one sentence."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.read_args())
+    message = capsys.readouterr().err
+    assert message.startswith(f"{module.__name__}.py: ")
+    assert message.count("\n") == 1
+    return stop.value.code, message
+
+
+USAGE = {  # arguments -> what the one sentence must name
+    "ppo_cartpole": {
+        "--env-id CartPol-v1": "CartPole-v1",
+        "--env-id CartPole-v9": "CartPole-v1",
+        "--env-id no_such_module:Env-v0": "no_such_module",
+        "--env-id Pendulum-v1": "discrete",
+        "--env-id Taxi-v3": "vectors",
+        "--env-id LunarLander-v3": "not installed",
+        "--env-id BreakoutNoFrameskip-v4": "not registered",
+        "--env-id=": "not registered",
+    },
+    "ppo_atari": {
+        "--env-id BreakoutNoFramskip-v4": "BreakoutNoFrameskip-v4",
+        "--env-id ALE/Brekout-v5": "ALE/Breakout-v5",
+        "--env-id CartPole-v1": "ppo_cartpole.py",
+        "--env-id Breakout-v4": "BreakoutNoFrameskip-v4",
+        "--env-id ALE/Breakout": "ALE/Breakout-v5",
+    },
+}
+EVERYWHERE = {
+    "--num-envs 0": "--num-envs",
+    "--num-steps -1": "--num-steps",
+    "--total-timesteps 0": "--total-timesteps",
+    "--update-epochs 0": "--update-epochs",
+    "--save-freq 0": "--save-freq",
+    "--seed -1": "--seed",
+    "--gamma 1.01": "--gamma",
+    "--gae-lambda -0.1": "--gae-lambda",
+    "--learning-rate nan": "--learning-rate",
+    "--num-minibatches 3": "--num-minibatches 3",
+    "--num-envs 2 --num-steps 4 --num-minibatches 8": "--norm-adv",
+    "--total-timesteps 10": "rollout",
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "named"),
+    [(script, *case) for script in SCRIPTS for case in (USAGE[script] | EVERYWHERE).items()],
+    indirect=["script"],
+)
+def test_wrong_usage_gets_one_sentence(script, arguments, named, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, message = refuse(SCRIPTS[script], arguments.split(" "), monkeypatch, capsys)
+    assert code == 2
+    assert named in message
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+@pytest.mark.parametrize("path", ["nothing", "empty", "empty/no.pt", "text.pt"])
+def test_a_missing_or_empty_run_gets_one_sentence(path, script, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    code, message = refuse(SCRIPTS[script], ["--resume", path], monkeypatch, capsys)
+    assert code == 1
+    assert path in message
+    done = run("evaluate.py", path, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("evaluate.py: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_resume_refuses_another_environment_and_another_script(tmp_path, monkeypatch, capsys):
+    cartpole, atari = SCRIPTS["ppo_cartpole"], SCRIPTS["ppo_atari"]
+    run_dir = cartpole.train(cartpole.Args(run_dir=str(tmp_path / "run"), **SHORT["ppo_cartpole"]))
+    code, message = refuse(cartpole, ["--resume", run_dir, "--env-id", "Acrobot-v1"], monkeypatch, capsys)
+    assert code == 2
+    assert "Acrobot-v1" in message
+    assert "CartPole-v1" in message
+    code, message = refuse(atari, ["--resume", run_dir], monkeypatch, capsys)
+    assert code == 1
+
+
+def test_a_run_folder_that_cannot_be_written_gets_one_sentence(script, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    code, message = refuse(SCRIPTS[script], ["--run-dir", tmp_path / "file" / "run"], monkeypatch, capsys)
+    assert code == 1
+    assert "--run-dir" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [("--episodes 0", "--episodes"), ("--num-envs 11", "--num-envs"), ("--seed -1", "--seed"), ("--all", "--all")],
+)
+def test_wrong_usage_of_evaluate_gets_one_sentence(arguments, named, tmp_path):
+    done = run("evaluate.py", "some.pt", *arguments.split(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert done.stderr.count("\n") == 1
