@@ -449,7 +449,7 @@ def progress_bar(total, initial):
         initial=initial,
         unit=" steps",
         unit_scale=True,
-        bar_format="{percentage:3.0f}% of {total_fmt} steps, {rate_fmt}, {elapsed} gone, {remaining} left{postfix}",
+        bar_format="{percentage:3.0f}%: {n_fmt} of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}",
         file=sys.stderr if terminal else Lines(),
         mininterval=0.5 if terminal else 10,
         miniters=1,
