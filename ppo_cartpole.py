@@ -62,7 +62,7 @@ def fail(message, code=1):
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium id with vector observations and discrete actions
-    total_timesteps: int = 100_000  # steps, all environments together; the last rollout is played to its end
+    total_timesteps: int = 60_000  # steps, all environments together; the last rollout is played to its end
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # of everything random; on the CPU, the same seed gives the same run, bit for bit
     run_dir: str | None = None  # folder of this run (default: runs/{env_id}__{exp_name}__{seed}__{unix time})
@@ -76,7 +76,7 @@ class Args:
 
     num_envs: int = 8  # environments played side by side; more give less correlated batches
     num_steps: int = 32  # steps per environment between updates (T); longer sees further, learns later
-    learning_rate: float = 1e-3  # Adam's step size; larger learns faster until it diverges
+    learning_rate: float = 2e-3  # Adam's step size; larger learns faster until it diverges
     anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
     gamma: float = 0.98  # discount per step; nearer to 1 looks further ahead
     gae_lambda: float = 0.8  # 0: advantages from the value function alone (biased), 1: from returns alone (noisy)

@@ -1,0 +1,90 @@
+"""Train one command over several seeds, score each result with evaluate.py, and write a CSV row per run.
+
+    python benchmarks/seeds.py --script ppo_cartpole.py --threshold 475 --greedy --csv benchmarks/cartpole.csv
+    python benchmarks/seeds.py --script ppo_cartpole.py --seeds 1 2 3 --flags="--env-id Acrobot-v1 --norm-obs"
+
+Runs one after the other, each as a user would type it; `seconds` is the whole command, imports included.
+"""
+
+import csv
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Args:
+    script: str  # training script
+    seeds: list[int] = field(default_factory=lambda: list(range(1, 11)))  # seeds, in this order
+    flags: str = ""  # further flags of the training script, as one string
+    threshold: float | None = None  # also find when the mean of 20 training episodes first reaches this
+    episodes: int = 100  # of each evaluation
+    greedy: bool = False  # evaluate with the likeliest actions
+    csv: str | None = None  # write the rows here
+
+
+def first_reached(run_dir, threshold, start):
+    """Step and seconds since `start` at which the mean return of the last 20 episodes first was >= threshold."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload().Scalars("charts/episodic_return")
+    returns = np.array([event.value for event in events])
+    for i in range(20, len(returns) + 1):
+        if returns[i - 20 : i].mean() >= threshold:
+            return events[i - 1].step, round(events[i - 1].wall_time - start, 1)
+    return None, None
+
+
+def one_run(args, seed, folder):
+    """Train with `seed` in `folder`, evaluate; returns the CSV row as a dict."""
+    run_dir, result = Path(folder) / str(seed), Path(folder) / f"{seed}.json"
+    command = [sys.executable, ROOT / args.script, "--seed", seed, "--run-dir", run_dir, *shlex.split(args.flags)]
+    start = time.time()
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    seconds = time.time() - start
+    command = [sys.executable, ROOT / "evaluate.py", run_dir, "--episodes", args.episodes, "--json", result]
+    subprocess.run([str(word) for word in command] + ["--greedy"] * args.greedy, check=True, capture_output=True)
+    score = json.loads(result.read_text())
+    row = {"seed": seed, "steps": score["global_step"], "seconds": round(seconds, 1)}
+    if args.threshold is not None:
+        step, after = first_reached(run_dir, args.threshold, start)
+        row |= {"threshold_step": step, "threshold_seconds": after}
+    row |= {name: round(score[name], 3) for name in ("mean_return", "std_return")}
+    return row | {"min_return": min(score["returns"]), "truncated": score["truncated"], "episodes": args.episodes}
+
+
+def main(args):
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    about = {"command": f"{args.script} {args.flags}".strip(), "commit": commit.stdout.strip()}
+    about |= {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    print(about, flush=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in args.seeds:
+            rows.append(one_run(args, seed, folder))
+            print(rows[-1], flush=True)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *about])
+            writer.writeheader()
+            writer.writerows(row | about for row in rows)
+    scores = [row["mean_return"] for row in rows]
+    print(f"{np.mean(scores):.2f} ± {np.std(scores):.2f} over {len(rows)} seeds, lowest {min(scores):.2f}")
+    if args.threshold is not None:
+        steps = [row["threshold_step"] or np.inf for row in rows]
+        print(f"{args.threshold:g} reached after {np.median(steps):,.0f} steps (median), {max(steps):,.0f} at most")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
