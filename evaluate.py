@@ -87,8 +87,8 @@ class Args:
             fail(f"--episodes must be at least 1, got {self.episodes}.", code=2)
         if self.num_envs is not None and not 1 <= self.num_envs <= self.episodes:
             fail(f"--num-envs must be between 1 and --episodes ({self.episodes}), got {self.num_envs}.", code=2)
-        if self.seed < 0:
-            fail(f"--seed must be 0 or a positive number, got {self.seed}.", code=2)
+        if not 0 <= self.seed < 2**32:
+            fail(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}.", code=2)
         if self.all and not Path(self.checkpoint).is_dir():
             fail(f"--all takes a run folder, not {self.checkpoint}.", code=2)
 

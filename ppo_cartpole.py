@@ -95,7 +95,8 @@ class Args:
         """Refuse what cannot work, naming the flag, what it got and what it takes."""
         ranges = {
             "total_timesteps save_freq num_envs num_steps num_minibatches update_epochs": (1, float("inf")),
-            "seed learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl": (0, float("inf")),
+            "learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl": (0, float("inf")),
+            "seed": (0, 2**32 - 1),
             "gamma gae_lambda": (0, 1),
         }
         for names, (least, most) in ranges.items():
@@ -423,7 +424,7 @@ def open_writer(args, run_dir, global_step):
         except ModuleNotFoundError:
             fail("--track needs Weights & Biases: pip install wandb.")
         project, entity, config = args.wandb_project_name, args.wandb_entity, dataclasses.asdict(args)
-        wandb.init(project=project, entity=entity, config=config, name=run_dir.name, dir=run_dir, sync_tensorboard=True)
+        wandb.init(project=project, entity=entity, config=config, name=run_dir.name, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what a run wrote after its last checkpoint
     rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
     writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}", global_step)

@@ -80,13 +80,20 @@ class RewardFromActionAndObs(RewardFromObs):
 
 
 class TruncatedEndless(Probe):
-    """Reward 1 for ever, cut off after every 5 steps. The value is 1 / (1 - gamma), as if there were no cut."""
+    """Reward -5 on the first step and 1 for ever after, cut off after every 5 steps.
+
+    The value at observation 1 is 1 / (1 - gamma), as if there were no cut; at the start, observation -1, it is -5 + gamma
+    times that.
+    """
 
     length = 5
     truncates = True
 
+    def observe(self):
+        return -1.0 if self.t == 0 else 1.0
+
     def reward(self, action):
-        return 1.0
+        return -5.0 if self.t == 0 else 1.0
 
 
 PROBES = {}
@@ -99,12 +106,14 @@ class PixelProbe(gym.vector.VectorEnv):
     """Frames all black or all white. Reward 1 for action 1 on white and action 0 on black, else 0, for ever.
 
     `ending`: "terminated" after each step, "truncated" after each, or "life_lost" at each, while the game goes on.
+    `final_frame`: gray of the last frame of a game, where it is not black or white as well.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
-    def __init__(self, num_envs, ending, seed=0):
-        self.num_envs, self.ending, self.random = num_envs, ending, np.random.default_rng(seed)
+    def __init__(self, num_envs, ending, final_frame=None):
+        self.num_envs, self.ending, self.final_frame = num_envs, ending, final_frame
+        self.random = np.random.default_rng(0)
         self.single_observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
         self.single_action_space = gym.spaces.Discrete(2)
 
@@ -118,5 +127,6 @@ class PixelProbe(gym.vector.VectorEnv):
     def step(self, actions):
         rewards = (actions == self.white).astype(np.int32)
         flags = {name: np.full(self.num_envs, name == self.ending) for name in ("terminated", "truncated", "life_lost")}
-        infos = {"raw_rewards": 10 * rewards, "life_lost": flags["life_lost"], "final_obs": self.observe()}
+        final_obs = self.observe() if self.final_frame is None else np.full_like(self.observe(), self.final_frame)
+        infos = {"raw_rewards": 10 * rewards, "life_lost": flags["life_lost"], "final_obs": final_obs}
         return self.observe(), rewards, flags["terminated"], flags["truncated"], infos

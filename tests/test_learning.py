@@ -166,8 +166,29 @@ def test_probe_action_depends_on_the_observation(tmp_path):
 
 
 def test_probe_truncation_is_not_termination(tmp_path):
-    values, _ = train_on_probe("TruncatedEndless", tmp_path, total_timesteps=10240)
-    assert values[2] == pytest.approx(10, rel=0.05)  # 1 / (1 - 0.9); taken for an end, it would be 4.1 at most
+    values, _ = train_on_probe("TruncatedEndless", tmp_path, gamma=0.8)
+    assert values[2] == pytest.approx(5, abs=0.3)  # 1 / (1 - 0.8); lower by far where the cut is taken for an end,
+    assert values[0] == pytest.approx(-1, abs=0.3)  # or where the next episode's first observation follows it
+
+
+def test_a_truncated_game_is_worth_what_its_own_last_frame_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        ppo_atari, "make_envs", lambda args, n, seed, training: PixelProbe(n, "truncated", final_frame=77)
+    )
+    agents, seen, agent_class, compute_gae = [], [], ppo_atari.Agent, ppo_atari.compute_gae
+    monkeypatch.setattr(ppo_atari, "Agent", lambda *a: agents.append(agent_class(*a)) or agents[-1])
+
+    def watch(rewards, values, next_values, *rest):
+        last_frame = torch.full((1, 4, 84, 84), 77, dtype=torch.uint8)
+        seen.append((next_values, agents[0](last_frame)[1]))
+        return compute_gae(rewards, values, next_values, *rest)
+
+    monkeypatch.setattr(ppo_atari, "compute_gae", watch)
+    settings = dict(num_envs=2, num_steps=8, num_minibatches=2, total_timesteps=16, cuda=False)
+    ppo_atari.train(ppo_atari.Args(run_dir=str(tmp_path / "run"), **settings))
+    ((next_values, expected),) = seen
+    assert next_values.shape == (8, 2)
+    assert torch.allclose(next_values, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("ending", "value"), [("terminated", 1), ("life_lost", 1), ("truncated", 2)])
