@@ -82,8 +82,7 @@ class RewardFromActionAndObs(RewardFromObs):
 class TruncatedEndless(Probe):
     """Reward -5 on the first step and 1 for ever after, cut off after every 5 steps.
 
-    The value at observation 1 is 1 / (1 - gamma), as if there were no cut; at the start, observation -1, it is -5 + gamma
-    times that.
+    With V = 1 / (1 - gamma), as if there were no cut, the value is V at observation 1 and gamma V - 5 at the start, -1.
     """
 
     length = 5

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS, SHORT, flags, reload
+from probes import PROBES, PixelProbe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
@@ -70,6 +71,29 @@ def test_the_logs_have_the_tags_people_plot(trained):
     tags = EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]
     losses = "value_loss policy_loss entropy old_approx_kl approx_kl clipfrac explained_variance grad_norm"
     assert {f"losses/{name}" for name in losses.split()} | {"charts/learning_rate", "charts/SPS"} <= set(tags)
+
+
+def test_episodes_that_end_together_all_show(tmp_path):
+    module = SCRIPTS["ppo_cartpole"]
+    run_dir = module.train(
+        module.Args(env_id=PROBES["ConstantReward"], run_dir=str(tmp_path / "run"), total_timesteps=512)
+    )
+    assert curve(run_dir, "charts/episodic_return") == [(step, 1.0) for step in range(1, 513)]
+    assert curve(run_dir, "charts/episodic_length") == [(step, 1.0) for step in range(1, 513)]
+
+
+@pytest.mark.parametrize("ending", ["terminated", "life_lost"])
+def test_the_logged_score_is_the_raw_one_of_whole_games(ending, tmp_path, monkeypatch):
+    """PixelProbe pays 10 points where the reward is 1; a lost life is no end of a game."""
+    module = SCRIPTS["ppo_atari"]
+    monkeypatch.setattr(module, "make_envs", lambda args, n, seed, training: PixelProbe(n, ending))
+    run_dir = module.train(module.Args(run_dir=str(tmp_path / "run"), **SHORT["ppo_atari"]))
+    if ending == "terminated":
+        games = curve(run_dir, "charts/episodic_return")
+        assert [step for step, _ in games] == list(range(1, 97))
+        assert {score for _, score in games} == {0.0, 10.0}
+    else:
+        assert "charts/episodic_return" not in EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]
 
 
 def test_same_seed_same_run_another_seed_another(script, tmp_path):

@@ -129,6 +129,19 @@ def test_target_kl_ends_the_update_after_a_whole_epoch():
     assert optimizer.state[next(agent.parameters())]["step"] == 4  # one epoch of four minibatches, of five
 
 
+def test_gradients_are_clipped_to_a_global_norm():
+    torch.manual_seed(0)
+    args = Args(num_minibatches=1, update_epochs=1, max_grad_norm=0.01)
+    agent = ppo_cartpole.Agent(ppo_cartpole.make_envs(args, 8, seed=0, training=True), args)
+    before = torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
+    batch = {"obs": torch.randn(64, 4), "actions": torch.zeros(64, dtype=torch.int64)}
+    batch |= {name: torch.randn(64) for name in ("logprobs", "values", "advantages", "returns")}
+    losses = ppo_cartpole.ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, args)
+    change = torch.nn.utils.parameters_to_vector(agent.parameters()).detach() - before
+    assert losses["grad_norm"] > 0.1  # as it was before clipping
+    assert change.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
 def train_on_probe(name, tmp_path, **overrides):
     """Train ppo_cartpole.py on a probe; the agent, and its values and greedy actions at observations -1, 0 and 1."""
     settings = dict(num_steps=16, gamma=0.9, gae_lambda=0.9, learning_rate=5e-3, total_timesteps=5120, update_epochs=10)
