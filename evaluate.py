@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 FORMAT = 1  # of a checkpoint; a file with another number is refused
 
-# Mean score of uniformly random play and of a professional tester, who had the same 30 idle frames at the start
-# (Wang et al. 2016, arXiv:1511.06581, table 2; Badia et al. 2020, arXiv:2003.13350, appendix H.4), by ROM name.
+# Mean score of uniformly random play and of a professional tester, by ROM name, as DQN Zoo lists them (Quan and
+# Ostrovski 2020, dqn_zoo/atari_data.py); up to 30 idle frames at the start, games cut off after 108,000 frames as here.
 # fmt: off
 RANDOM_AND_HUMAN = {
     "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742.0), "asterix": (210.0, 8503.3),
@@ -97,7 +97,7 @@ class Args:
 
 
 def spread_seed(*key):
-    """A seed in [0, 2**30) hashed from integers: environments count up from theirs, so runs 1, 2, 3 must lie apart."""
+    """A seed in [0, 2**30) hashed from integers: environments count up from it, so runs 1, 2, 3 must lie far apart."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 

@@ -117,7 +117,7 @@ class Args:
 
 
 def spread_seed(*key):
-    """A seed in [0, 2**30) hashed from integers: environments count up from theirs, so runs 1, 2, 3 must lie apart."""
+    """A seed in [0, 2**30) hashed from integers: environments count up from it, so runs 1, 2, 3 must lie far apart."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
@@ -166,7 +166,7 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, x):
-        """Take in `x`, (B, size): mean and variance of two samples together (Chan et al. 1979, eq. 2.1)."""
+        """Take in `x`, (B, size): mean and variance of two samples together (Chan et al. 1979)."""
         total = self.count + len(x)
         delta = x.mean(0) - self.mean
         m2 = self.var * self.count + x.var(0, correction=0) * len(x) + delta**2 * self.count * len(x) / total
@@ -244,9 +244,10 @@ class Rollout:
         self.final_values = torch.zeros(shape, device=device)  # what that future was worth; read where truncated
 
     def flatten(self, advantages, returns):
-        """All that an update needs, as a dict of (B, ...) tensors, B = T * N. Takes `advantages`, `returns` (T, N)."""
+        """What an update needs, with the `advantages` and `returns` (T, N) of the rows: a dict of (B, ...) tensors."""
         batch = {"obs": self.obs, "actions": self.actions, "logprobs": self.logprobs, "values": self.values}
-        return {name: x.flatten(0, 1) for name, x in (batch | {"advantages": advantages, "returns": returns}).items()}
+        batch |= {"advantages": advantages, "returns": returns}
+        return {name: x.flatten(0, 1) for name, x in batch.items()}  # (T, N, ...) -> (B, ...), B = T * N
 
 
 # ---- Learning ----
@@ -379,6 +380,20 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def restore(checkpoint, agent, optimizer):
+    """Put network, optimizer and random numbers back to where they were saved."""
+    try:
+        agent.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError):
+        fail(
+            "the checkpoint does not fit the network of this script, which was edited since, or runs with other flags."
+        )
+    torch.set_rng_state(checkpoint["rng"]["torch"])
+    if next(agent.parameters()).is_cuda:
+        torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+
+
 def read_args():
     """Args from the command line. Beside --resume, what the command line leaves out is as the checkpoint has it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -473,17 +488,14 @@ def train(args):
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     learning_rate = f"learning rate {annealed_lr(args, global_step):.3g}"
     if checkpoint:
-        agent.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"]["torch"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+        restore(checkpoint, agent, optimizer)
         learning_rate += f" (last {optimizer.param_groups[0]['lr']:.3g})"
     rollout = Rollout(args.num_steps, envs, device)
 
     run_dir = open_run(args)
     writer = open_writer(args, run_dir, global_step)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU" + " (no GPU found)" * args.cuda
+    on_cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else on_cpu
     steps = f"steps {global_step:,} to {args.total_timesteps:,}, {learning_rate}"
     print(f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}, {steps}, in {run_dir}", flush=True)
     bar = progress_bar(args.total_timesteps, global_step)

@@ -100,6 +100,14 @@ def test_a_game_that_is_cut_off_is_truncated_and_shows_its_last_frame(monkeypatc
     raise AssertionError("no game was truncated")
 
 
+def test_no_two_games_start_alike():
+    _, infos = make_envs(Args(), 64, seed=1, training=True).reset()
+    idle = infos["episode_frame_number"] - 1  # the first frame is FIRE's
+    assert idle.min() >= 0
+    assert 25 < idle.max() < 30
+    assert len(set(idle)) > 15
+
+
 def test_same_seed_same_games_and_neighbours_share_none():
     def first_frames(seed):
         envs = make_envs(Args(env_id="ALE/Breakout-v5"), 4, seed=seed, training=True)  # sticky: chance at each frame

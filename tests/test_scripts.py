@@ -212,6 +212,15 @@ def test_resume_refuses_another_environment_and_another_script(tmp_path, monkeyp
     assert code == 1
 
 
+def test_resume_with_an_edited_network_gets_one_sentence(tmp_path, monkeypatch, capsys):
+    module = SCRIPTS["ppo_cartpole"]
+    run_dir = module.train(module.Args(run_dir=str(tmp_path / "run"), **SHORT["ppo_cartpole"]))
+    capsys.readouterr()
+    code, message = refuse(module, ["--resume", run_dir, "--norm-obs", "--total-timesteps", 2000], monkeypatch, capsys)
+    assert code == 1
+    assert "does not fit" in message
+
+
 def test_a_run_folder_that_cannot_be_written_gets_one_sentence(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     code, message = refuse(SCRIPTS[script], ["--run-dir", tmp_path / "file" / "run"], monkeypatch, capsys)
