@@ -100,6 +100,19 @@ def test_a_game_that_is_cut_off_is_truncated_and_shows_its_last_frame(monkeypatc
     raise AssertionError("no game was truncated")
 
 
+def test_only_the_ids_with_sticky_actions_have_them():
+    """Same seed, same actions: a game that repeats an action by chance leaves the one that does not."""
+    frames = []
+    for env_id in ("PongNoFrameskip-v4", "PongNoFrameskip-v4", "PongNoFrameskip-v0", "ALE/Pong-v5"):
+        envs = make_envs(Args(env_id=env_id), 2, seed=4, training=True)
+        envs.reset()
+        frames.append([obs for _, (obs, *_) in play(envs, 60)])
+    assert np.array_equal(frames[0], frames[1])
+    assert not np.array_equal(frames[0], frames[2])
+    assert not np.array_equal(frames[0], frames[3])
+    assert np.array_equal(frames[2], frames[3])  # both repeat with a chance of 0.25
+
+
 def test_no_two_games_start_alike():
     _, infos = make_envs(Args(), 64, seed=1, training=True).reset()
     idle = infos["episode_frame_number"] - 1  # the first frame is FIRE's
