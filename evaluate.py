@@ -91,6 +91,8 @@ class Args:
             fail(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}.", code=2)
         if self.all and not Path(self.checkpoint).is_dir():
             fail(f"--all takes a run folder, not {self.checkpoint}.", code=2)
+        if self.json and not Path(self.json).parent.is_dir():  # said now, not when the games are over
+            fail(f"--json {self.json} cannot be written: there is no such folder.", code=2)
 
 
 # ---- Reload ----
@@ -222,8 +224,9 @@ def score(path, args):
     torch.manual_seed(args.seed)
     env_id, step = checkpoint["args"]["env_id"], checkpoint["global_step"]
     how = "greedy" if args.greedy else "acting as in training"
-    print(f"{path}: {checkpoint['script']} on {env_id} at {step:,} steps, {args.episodes} episodes, {how}", flush=True)
-    with tqdm(total=args.episodes, unit="episode", disable=None, leave=False) as bar:  # None: silent without a terminal
+    where = "the GPU" if next(agent.parameters()).is_cuda else "the CPU (no GPU found)" if args.cuda else "the CPU"
+    print(f"{path}: {env_id} after {step:,} steps, {args.episodes} episodes, {how}, on {where}", flush=True)
+    with tqdm(total=args.episodes, unit="episode", disable=None, leave=False) as bar:  # None: only at a terminal
         returns, lengths, truncated = play(envs, agent, args.episodes, args.greedy, bar)
     envs.close()
     return {
@@ -253,25 +256,31 @@ def report(result):
     print(f"{line}, {result['truncated']} cut off by the time limit", flush=True)
 
 
-def main(args):
-    newest = find_checkpoint(args.checkpoint)
+def score_all(run_dir, args):
+    """Score every checkpoint of a run, and write the curve to its eval/ folder; returns the list of results."""
+    paths = sorted(run_dir.glob("checkpoints/*.pt"))
+    for old in run_dir.glob("eval/events.*"):
+        old.unlink()  # TensorBoard would mix the curves
     results = []
-    if args.all:
-        run_dir = Path(args.checkpoint)
-        for old in run_dir.glob("eval/events.*"):
-            old.unlink()  # TensorBoard would mix the curves
-        writer = SummaryWriter(run_dir / "eval")
-        for path in sorted(run_dir.glob("checkpoints/*.pt")):
+    with SummaryWriter(run_dir / "eval") as writer:
+        for path in paths:
             results.append(score(path, args))
             report(results[-1])
             writer.add_scalar("eval/episodic_return", results[-1]["mean_return"], results[-1]["global_step"])
-        writer.close()
-        print(f"The curve is in {run_dir / 'eval'}: tensorboard --logdir {run_dir}")
+            writer.flush()
+    print(f"Look at the curve: tensorboard --logdir {run_dir}")
+    return results
+
+
+def main(args):
+    path = find_checkpoint(args.checkpoint)
+    if args.all:
+        result = score_all(Path(args.checkpoint), args)
     else:
-        results.append(score(newest, args))
-        report(results[-1])
+        result = score(path, args)
+        report(result)
     if args.json:
-        Path(args.json).write_text(json.dumps(results if args.all else results[0], indent=2))
+        Path(args.json).write_text(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
