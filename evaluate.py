@@ -21,9 +21,9 @@ A checkpoint names the script that wrote it. Environment and agent are built by 
 file or be given with --script; it needs the three names Args, make_envs and Agent (with act(obs, greedy)).
 """
 
-import dataclasses
 import importlib.util
 import json
+import re
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ def fail(message, code=1):
 class Args:
     checkpoint: tyro.conf.Positional[str]  # a run folder (its newest checkpoint) or a checkpoint (.pt)
     episodes: int = 10  # whole episodes to play; more narrow the interval
-    num_envs: int | None = None  # environments side by side (default: one for each episode, at most 16)
+    num_envs: int | None = None  # environments side by side; None: one for each episode, at most 16
     seed: int = 1  # of environments and sampled actions
     greedy: bool = False  # always the likeliest action, instead of acting as in training
     cuda: bool = False  # run the network on the GPU
@@ -91,8 +91,8 @@ class Args:
             fail(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}.", code=2)
         if self.all and not Path(self.checkpoint).is_dir():
             fail(f"--all takes a run folder, not {self.checkpoint}.", code=2)
-        if self.json and not Path(self.json).parent.is_dir():  # said now, not when the games are over
-            fail(f"--json {self.json} cannot be written: there is no such folder.", code=2)
+        if self.json and (Path(self.json).is_dir() or not Path(self.json).parent.is_dir()):
+            fail(f"--json {self.json} cannot be written: it must be a file in a folder that exists.", code=2)
 
 
 # ---- Reload ----
@@ -103,11 +103,16 @@ def spread_seed(*key):
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
+def list_checkpoints(run_dir):
+    """The checkpoints of a run folder, oldest first. Files that are not named by a step are not its own."""
+    return sorted(path for path in run_dir.glob("checkpoints/*.pt") if path.stem.isdigit())
+
+
 def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
     path = Path(path)
     if path.is_dir():
-        found = sorted(path.glob("checkpoints/*.pt"))  # the step is padded with zeros: by name is by step
+        found = list_checkpoints(path)
         if not found:
             fail(f"{path} holds no checkpoint (checkpoints/*.pt).")
         path = found[-1]
@@ -126,8 +131,8 @@ def load_checkpoint(path):
         fail(f"{path} is damaged, or no checkpoint of these scripts ({type(error).__name__}).")
     if damaged:
         fail(f"{path} is damaged: the checksum of {damaged} is wrong.")
-    required = {"format", "script", "args", "global_step", "model"}
-    if not isinstance(checkpoint, dict) or not required <= checkpoint.keys():
+    types = {"format": int, "script": str, "args": dict, "global_step": int, "model": dict}
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in types.items()):
         fail(f"{path} is no checkpoint of these scripts.")
     if checkpoint["format"] != FORMAT:
         fail(f"{path} has format {checkpoint['format']}; this program reads format {FORMAT}.")
@@ -138,7 +143,7 @@ def load_script(checkpoint, path, script):
     """The module that wrote `checkpoint`: the file `script` if given, else the one of its name beside this file."""
     name = checkpoint["script"]
     if script is None:
-        if not isinstance(name, str) or not name.isidentifier():
+        if not re.fullmatch(r"[\w-]+", name):
             fail(f"{path} names the script {name!r}, which is not a bare module name: give the file with --script.")
         script = Path(__file__).with_name(f"{name}.py")
         if not script.is_file():
@@ -157,17 +162,16 @@ def rebuild(path, args, num_envs):
     """The environments and the agent that the checkpoint at `path` describes: checkpoint, envs, agent."""
     checkpoint = load_checkpoint(path)
     module = load_script(checkpoint, path, args.script)
-    hint = f"it was edited since: try --script {path.resolve().parents[1] / 'script.py'}"
-    if unknown := checkpoint["args"].keys() - {field.name for field in dataclasses.fields(module.Args)}:
-        fail(f"{path} has arguments that {module.__file__} does not know ({', '.join(sorted(unknown))}); {hint}.")
-    script_args = module.Args(**checkpoint["args"])
-    envs = module.make_envs(script_args, num_envs, spread_seed(2, args.seed), training=False)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    agent = module.Agent(envs, script_args).to(device)
     try:
+        script_args = module.Args(**checkpoint["args"])
+        envs = module.make_envs(script_args, num_envs, spread_seed(2, args.seed), training=False)
+        agent = module.Agent(envs, script_args).to(device)
         agent.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        fail(f"{path} does not fit the network of {module.__file__}; {hint}.")
+    except (TypeError, RuntimeError, AttributeError) as error:
+        ran = path.resolve().parent.parent / "script.py"
+        hint = f"if it was edited since, try --script {ran}" if ran.is_file() else "give the one that ran with --script"
+        fail(f"{path} does not fit {module.__file__} ({str(error).splitlines()[0]}); {hint}.")
     return checkpoint, envs, agent.eval()
 
 
@@ -204,7 +208,8 @@ def play(envs, agent, episodes, greedy, bar):
 
 def bootstrap_interval(returns, samples=10_000):
     """95% interval of the mean: percentiles of the means of `samples` resamples (Efron 1979)."""
-    means = np.random.default_rng(0).choice(returns, (samples, len(returns))).mean(1)
+    random = np.random.default_rng(0)
+    means = [random.choice(returns, len(returns)).mean() for _ in range(samples)]
     return [float(x) for x in np.percentile(means, [2.5, 97.5])]
 
 
@@ -258,12 +263,11 @@ def report(result):
 
 def score_all(run_dir, args):
     """Score every checkpoint of a run, and write the curve to its eval/ folder; returns the list of results."""
-    paths = sorted(run_dir.glob("checkpoints/*.pt"))
     for old in run_dir.glob("eval/events.*"):
         old.unlink()  # TensorBoard would mix the curves
     results = []
     with SummaryWriter(run_dir / "eval") as writer:
-        for path in paths:
+        for path in list_checkpoints(run_dir):
             results.append(score(path, args))
             report(results[-1])
             writer.add_scalar("eval/episodic_return", results[-1]["mean_return"], results[-1]["global_step"])

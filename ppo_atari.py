@@ -18,19 +18,24 @@
 
 For every *NoFrameskip and ALE/*-v5 game of ale-py. A step is one decision of the agent: 4 frames of the game.
 
-Hyperparameters are the paper's, with the details that openai/baselines added and that the published scores come
-from: orthogonal initialization, Adam's epsilon of 1e-5, advantages normalized in each minibatch, a clipped value loss,
-gradients clipped to a global norm, rewards clipped to their sign, a lost life as the end of the value estimate.
+Hyperparameters are those of openai/baselines, where the published scores come from; the paper has 3 epochs, a clip
+range that falls to 0 and a larger weight of the value loss. Also from baselines, and not in the paper: orthogonal
+initialization, Adam's epsilon of 1e-5, advantages normalized in each minibatch, a clipped value loss, gradients
+clipped to a global norm.
+
 Departs from baselines: (1) FIRE is pressed for the agent at the start of a game, but not after a lost life; (2) frame
 stacks start with zeros, not with copies of the first frame, and go on through a lost life; (3) a game starts with FIRE
-and 0 to 29 idle frames, not with 1 to 30; (4) a game cut off after 108,000 frames is not taken for a lost one, its
-last observation still has a value. (1) to (3) are how ale-py's native environment works, which is 3 times as fast.
+and 0 to 29 idle frames, not with 1 to 30; (4) the maximum of two frames is taken in gray, not in color; (5) a game cut
+off after 108,000 frames is not taken for a lost one, its last frame has a value. (1) to (4) are how ale-py's native
+environment works, which is 3 times as fast as Gymnasium's wrappers.
 """
 
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -69,14 +74,14 @@ class Args:
     total_timesteps: int = 10_000_000  # steps (of 4 frames), all games together; the last rollout is played to its end
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # of everything random; on the CPU, the same seed gives the same run, bit for bit
-    run_dir: str | None = None  # folder of this run (default: runs/{env_id}__{exp_name}__{seed}__{unix time})
+    run_dir: str | None = None  # folder of this run; None: runs/{env_id}__{exp_name}__{seed}__{unix time}
     save_freq: int = 500_000  # steps between checkpoints of about 20 MB
     resume: str | None = None  # run folder or checkpoint to go on from; flags given beside it replace the saved ones
     cuda: bool = True  # train on the GPU; without one, on the CPU
-    torch_deterministic: bool = True  # only deterministic GPU kernels; off may be faster
+    torch_deterministic: bool = True  # only deterministic cuDNN kernels; off may be faster
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "single-file-rl"  # W&B project
-    wandb_entity: str | None = None  # W&B team (default: your own account)
+    wandb_entity: str | None = None  # W&B team; None: your own account
 
     num_envs: int = 8  # games played side by side; more give less correlated batches
     num_steps: int = 128  # steps per game between updates (T); longer sees further, learns later
@@ -96,21 +101,23 @@ class Args:
 
     def __post_init__(self):
         """Refuse what cannot work, naming the flag, what it got and what it takes."""
-        ranges = {
-            "total_timesteps save_freq num_envs num_steps num_minibatches update_epochs": (1, float("inf")),
-            "learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl": (0, float("inf")),
-            "seed": (0, 2**32 - 1),
-            "gamma gae_lambda": (0, 1),
-        }
-        for names, (least, most) in ranges.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not least <= value <= most:
-                    fail(f"--{name.replace('_', '-')} must be between {least} and {most}, got {value}.", code=2)
-        batch_size, parts = self.num_envs * self.num_steps, self.num_minibatches
-        if batch_size % parts:
-            fail(f"--num-minibatches {parts} does not divide --num-envs times --num-steps = {batch_size}.", code=2)
-        if self.norm_adv and batch_size == parts:
+        for name in "total_timesteps save_freq num_envs num_steps num_minibatches update_epochs".split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                fail(f"--{name.replace('_', '-')} must be at least 1, got {value}.", code=2)
+        for name in "seed learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl".split():
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                fail(f"--{name.replace('_', '-')} must be a number of 0 or more, got {value}.", code=2)
+        for name in "gamma gae_lambda".split():
+            if not 0 <= getattr(self, name) <= 1:
+                fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(self, name)}.", code=2)
+        batch_size, num_minibatches = self.num_envs * self.num_steps, self.num_minibatches
+        if batch_size % num_minibatches:
+            fail(
+                f"--num-minibatches {num_minibatches} does not divide --num-envs * --num-steps = {batch_size}.", code=2
+            )
+        if self.norm_adv and batch_size == num_minibatches:
             fail("--norm-adv needs minibatches of 2 or more: lower --num-minibatches, or add --no-norm-adv.", code=2)
         if self.total_timesteps < batch_size:
             fail(f"--total-timesteps {self.total_timesteps} is less than one rollout of {batch_size} steps.", code=2)
@@ -129,29 +136,39 @@ class AtariGames(VectorWrapper):
 
     obs: (N, 4, 84, 84) uint8. A game that ends restarts on the same step: obs is then the first of the new game, the
     last of the old one is in infos["final_obs"]. rewards: (N,), in training clipped to -1, 0, 1.
-    infos["raw_rewards"]: (N,) points of the game. infos["life_lost"]: (N,) bool, the game goes on with a life less.
+    infos["raw_rewards"]: (N,) points of the game. infos["life_lost"]: (N,) bool, the game goes on with one life fewer.
     """
 
     def __init__(self, game, num_envs, repeat_action_probability, training, render):
         protocol = dict(
             num_envs=num_envs,
+            batch_size=0,  # a step waits for all games
+            num_threads=0,  # one emulator thread for each core
             frameskip=4,  # an action is held for 4 frames: 15 decisions per second of play
             maxpool=True,  # a picture is the maximum of the last 2 frames: some sprites are drawn on every other one
             noop_max=30,  # a game begins with 0 to 29 idle frames, drawn by the seed: else all would be the same
             use_fire_reset=True,  # and with FIRE where nothing moves before it; after a lost life, the agent presses it
             max_num_frames_per_episode=108_000,  # half an hour of play, then the game is truncated
             repeat_action_probability=repeat_action_probability,  # chance per frame that the last action stays on
+            continuous=False,  # actions are the buttons of the joystick
             full_action_space=False,  # the actions that do something in this game: 4 in Breakout, 6 in Pong, at most 18
             episodic_life=False,  # would restart the whole game at a lost life: later lives would never be seen
             life_loss_info=False,  # would call a lost life terminated; step() below keeps the two apart
             reward_clipping=False,  # would hide the score; step() below clips what is learned from
             autoreset_mode=AutoresetMode.SAME_STEP,  # every step is a real one, none is spent on a reset
         )
-        super().__init__(AtariVectorEnv(game, grayscale=True, img_height=84, img_width=84, stack_num=4, **protocol))
+        seen = dict(
+            grayscale=True,  # brightness alone: a third of the bytes
+            img_height=84,  # 210 pixels on the console
+            img_width=84,  # 160 pixels on the console
+            stack_num=4,  # the last 4 pictures, so that one observation shows what moves where
+        )
+        super().__init__(AtariVectorEnv(game, **seen, **protocol))
         self.training = training
-        self.camera = None  # the same games once more, in color: same seed and actions, so the same frames
-        if render:
-            self.camera = AtariVectorEnv(game, grayscale=False, img_height=210, img_width=160, stack_num=1, **protocol)
+        self.camera = None
+        if render:  # the same games once more, as they look: same seed and actions, so the same frames
+            shown = dict(grayscale=False, img_height=210, img_width=160, stack_num=1)
+            self.camera = AtariVectorEnv(game, **shown, **protocol)
 
     def reset(self, *, seed=None, options=None):
         obs, infos = self.env.reset(seed=seed, options=options)
@@ -249,22 +266,21 @@ class Rollout:
     """What T steps of N environments gave, preallocated. Row t: what was seen, what was done, what came of it."""
 
     def __init__(self, num_steps, envs, device):
-        shape, space = (num_steps, envs.num_envs), envs.single_observation_space  # (T, N)
+        T, N, space = num_steps, envs.num_envs, envs.single_observation_space
         dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32  # frames stay bytes: a quarter of the memory
-        self.obs = torch.zeros((*shape, *space.shape), dtype=dtype, device=device)
-        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(shape, device=device)
-        self.values = torch.zeros(shape, device=device)
-        self.rewards = torch.zeros(shape, device=device)
-        self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)  # no future after this step
-        self.truncated = torch.zeros(shape, dtype=torch.bool, device=device)  # cut off here, though there was a future
-        self.final_values = torch.zeros(shape, device=device)  # what that future was worth; read where truncated
+        self.obs = torch.zeros((T, N, *space.shape), dtype=dtype, device=device)
+        self.actions = torch.zeros((T, N), dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros((T, N), device=device)
+        self.values = torch.zeros((T, N), device=device)
+        self.rewards = torch.zeros((T, N), device=device)
+        self.terminated = torch.zeros((T, N), dtype=torch.bool, device=device)  # no future after this step
+        self.truncated = torch.zeros((T, N), dtype=torch.bool, device=device)  # cut off, though there was a future
+        self.final_values = torch.zeros((T, N), device=device)  # what that future was worth; read where truncated
 
     def flatten(self, advantages, returns):
-        """What an update needs, with the `advantages` and `returns` (T, N) of the rows: a dict of (B, ...) tensors."""
-        batch = {"obs": self.obs, "actions": self.actions, "logprobs": self.logprobs, "values": self.values}
-        batch |= {"advantages": advantages, "returns": returns}
-        return {name: x.flatten(0, 1) for name, x in batch.items()}  # (T, N, ...) -> (B, ...), B = T * N
+        """The batch that an update needs: obs, actions, logprobs, values, advantages, returns, each (B, ...)."""
+        batch = (self.obs, self.actions, self.logprobs, self.values, advantages, returns)
+        return tuple(x.flatten(0, 1) for x in batch)  # (T, N, ...) -> (B, ...), B = T * N
 
 
 # ---- Learning ----
@@ -286,34 +302,35 @@ def compute_gae(rewards, values, next_values, terminated, ended, gamma, gae_lamb
 
 def annealed_lr(args, global_step):
     """The learning rate of an update after `global_step` steps: linear, reaching 0 at --total-timesteps."""
-    return args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
+    fraction_left = 1 - global_step / args.total_timesteps if args.anneal_lr else 1
+    return args.learning_rate * fraction_left
 
 
-def ppo_loss(agent, mb, args):
-    """The loss to minimize on a minibatch `mb`, and its parts by name (Schulman et al. 2017, eq. 7 and 9).
+def ppo_loss(agent, minibatch, args):
+    """The loss to minimize, and its metrics by name (Schulman et al. 2017, eq. 7 and 9).
 
-    mb: obs, actions, logprobs, values as the rollout had them, advantages, returns; each (M, ...).
+    minibatch: obs, actions, logprobs and values as the rollout had them, advantages, returns; each (M, ...).
     """
-    logits, new_values = agent(mb["obs"])  # (M, A), (M,)
+    mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns = minibatch
+    logits, new_values = agent(mb_obs)  # (M, A), (M,)
     log_pi = logits.log_softmax(-1)
-    logratio = log_pi.gather(-1, mb["actions"].unsqueeze(-1)).squeeze(-1) - mb["logprobs"]  # (M,)
+    logratio = log_pi.gather(-1, mb_actions.unsqueeze(-1)).squeeze(-1) - mb_logprobs  # (M,)
     ratio = logratio.exp()
 
-    advantages = mb["advantages"]
     if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+    policy_loss = -torch.min(ratio * mb_advantages, clipped_ratio * mb_advantages).mean()
 
-    value_loss = (new_values - mb["returns"]) ** 2
-    if args.clip_vloss:  # the worse of the two errors, so that clipping never hides one
-        clipped_values = mb["values"] + (new_values - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
-        value_loss = torch.max(value_loss, (clipped_values - mb["returns"]) ** 2)
+    value_loss = (new_values - mb_returns) ** 2
+    if args.clip_vloss:  # the larger error: no gradient once a value has moved clip_coef toward its return
+        clipped_values = mb_values + (new_values - mb_values).clamp(-args.clip_coef, args.clip_coef)
+        value_loss = torch.max(value_loss, (clipped_values - mb_returns) ** 2)
     value_loss = 0.5 * value_loss.mean()
 
     entropy = -(log_pi.exp() * log_pi).sum(-1).mean()
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-    parts = {
+    metrics = {
         "value_loss": value_loss,
         "policy_loss": policy_loss,
         "entropy": entropy,
@@ -321,25 +338,26 @@ def ppo_loss(agent, mb, args):
         "approx_kl": (ratio - 1 - logratio).mean(),  # never negative, less noisy (joschu.net/blog/kl-approx.html)
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
     }
-    return loss, {name: part.detach() for name, part in parts.items()}
+    return loss, {name: metric.detach() for name, metric in metrics.items()}
 
 
 def ppo_update(agent, optimizer, batch, args):
-    """Epochs of minibatch steps on one rollout, a dict of (B, ...) tensors. Returns each loss's mean over all steps."""
-    size = len(batch["obs"])
-    steps = []  # of each gradient step, its losses; they stay on the device, to wait for it once and not at each step
+    """Epochs of minibatch steps on `batch`, which Rollout.flatten made. Returns each metric's mean over all steps."""
+    batch_size, device = len(batch[0]), batch[0].device
+    steps = []  # metrics of each gradient step, left on the device: reading them here would wait for it every time
     for _ in range(args.update_epochs):
-        for mb_inds in torch.randperm(size, device=batch["obs"].device).split(size // args.num_minibatches):
-            loss, parts = ppo_loss(agent, {name: x[mb_inds] for name, x in batch.items()}, args)
+        for mb_inds in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
+            loss, metrics = ppo_loss(agent, [x[mb_inds] for x in batch], args)
             optimizer.zero_grad()
             loss.backward()
-            parts["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # before clipping
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # before clipping
             optimizer.step()
-            steps.append(parts)
-        epoch_kl = torch.stack([parts["approx_kl"] for parts in steps[-args.num_minibatches :]]).mean()
-        if args.target_kl is not None and epoch_kl > args.target_kl:
-            break
-    means = torch.stack([torch.stack(list(parts.values())) for parts in steps]).mean(0)
+            steps.append(metrics)
+        if args.target_kl is not None:
+            epoch = steps[-args.num_minibatches :]
+            if torch.stack([metrics["approx_kl"] for metrics in epoch]).mean() > args.target_kl:
+                break
+    means = torch.stack([torch.stack(list(metrics.values())) for metrics in steps]).mean(0)
     return dict(zip(steps[0], means.tolist(), strict=True))
 
 
@@ -347,30 +365,46 @@ def ppo_update(agent, optimizer, batch, args):
 
 
 def save_checkpoint(run_dir, args, global_step, **state):
-    """Write all that --resume and evaluate.py need to {run_dir}/checkpoints/{global_step}.pt; whole, or not at all."""
+    """Write all that --resume and evaluate.py need to {run_dir}/checkpoints/{global_step}.pt; whole, or not at all.
+
+    Returns whether it was written. A full disk is no reason to stop: the next checkpoint may fit again.
+    """
     checkpoint = {
         "format": FORMAT,
         "script": Path(__file__).stem,
         "args": dataclasses.asdict(args),
         "global_step": global_step,
         **state,
-        "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "rng": {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        },
         "versions": {"torch": str(torch.__version__), "gymnasium": gym.__version__, "numpy": np.__version__},
     }
     path = run_dir / "checkpoints" / f"{global_step:012d}.pt"
     unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())  # else the new name could reach the disk before what it names
-    unfinished.replace(path)
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # else the new name could reach the disk before what it names
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of some
+        print(f"{path} could not be written and is left out: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def list_checkpoints(run_dir):
+    """The checkpoints of a run folder, oldest first. Files that are not named by a step are not its own."""
+    return sorted(path for path in run_dir.glob("checkpoints/*.pt") if path.stem.isdigit())
 
 
 def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
     path = Path(path)
     if path.is_dir():
-        found = sorted(path.glob("checkpoints/*.pt"))  # the step is padded with zeros: by name is by step
+        found = list_checkpoints(path)
         if not found:
             fail(f"{path} holds no checkpoint (checkpoints/*.pt).")
         path = found[-1]
@@ -389,8 +423,8 @@ def load_checkpoint(path):
         fail(f"{path} is damaged, or no checkpoint of these scripts ({type(error).__name__}).")
     if damaged:
         fail(f"{path} is damaged: the checksum of {damaged} is wrong.")
-    required = {"format", "script", "args", "global_step", "model"}
-    if not isinstance(checkpoint, dict) or not required <= checkpoint.keys():
+    types = {"format": int, "script": str, "args": dict, "global_step": int, "model": dict}
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in types.items()):
         fail(f"{path} is no checkpoint of these scripts.")
     if checkpoint["format"] != FORMAT:
         fail(f"{path} has format {checkpoint['format']}; this program reads format {FORMAT}.")
@@ -402,59 +436,77 @@ def restore(checkpoint, agent, optimizer):
     try:
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError):
-        fail(
-            "the checkpoint does not fit the network of this script, which was edited since, or runs with other flags."
-        )
-    torch.set_rng_state(checkpoint["rng"]["torch"])
-    if next(agent.parameters()).is_cuda:
-        torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+        torch.set_rng_state(checkpoint["rng"]["torch"])
+        if torch.cuda.is_initialized() and checkpoint["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+    except Exception as error:  # the file is whole, so it is the script or its flags that changed
+        fail(f"the checkpoint does not fit this script or its flags: {str(error).splitlines()[0]}")
 
 
 def read_args():
     """Args from the command line. Beside --resume, what the command line leaves out is as the checkpoint has it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    resume = parser.parse_known_args()[0].resume
-    if resume is None:
-        return tyro.cli(Args, description=__doc__)
-    path = find_checkpoint(resume).resolve()
-    saved = load_checkpoint(path)["args"]
-    if unknown := saved.keys() - {field.name for field in dataclasses.fields(Args)}:
-        fail(f"{path} was written by a script with other arguments: {', '.join(sorted(unknown))}.")
-    run_dir = str(path.parents[1]) if path.parent.name == "checkpoints" else None
-    args = tyro.cli(Args, description=__doc__, default=Args(**saved | {"resume": str(path), "run_dir": run_dir}))
-    if args.env_id != saved["env_id"]:
-        fail(f"--env-id {args.env_id} cannot go on from a checkpoint of {saved['env_id']}.", code=2)
-    return dataclasses.replace(args, resume=str(path))
+    parser.add_argument("--resume", nargs="?")
+    default = None
+    if resume := parser.parse_known_args()[0].resume:
+        path = find_checkpoint(resume).resolve()
+        checkpoint = load_checkpoint(path)
+        run_dir = str(path.parents[1]) if path.parent.name == "checkpoints" else None
+        try:
+            default = Args(**checkpoint["args"] | {"resume": str(path), "run_dir": run_dir})
+        except TypeError:
+            fail(f"{path} was written by {checkpoint['script']}.py, whose arguments are not those of this script.")
+    args = tyro.cli(Args, description=__doc__, default=default)
+    if default and args.env_id != default.env_id:
+        fail(f"--env-id {args.env_id} cannot go on from a checkpoint of {default.env_id}.", code=2)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb.", code=2)
+    args.resume = default.resume if default else None
+    return args
 
 
 # ---- Training ----
 
 
 def open_run(args):
-    """Make the run folder and record in it what runs: args.json, script.py. Returns its Path."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    held = sorted(run_dir.glob("checkpoints/*.pt"))
+    """Make the run folder, lock it, and record in it what runs: args.json, script.py. Returns its Path and the lock."""
+    run_dir = Path(args.run_dir or "runs")
+    if args.run_dir is None:
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+        taken = len(list(run_dir.glob(f"{name}*")))
+        run_dir /= f"{name}_{taken + 1}" if taken else name  # a sweep may start several runs in one second
+    held = list_checkpoints(run_dir)
     if held and (args.resume is None or held[-1].resolve() != Path(args.resume)):
         fail(f"{run_dir} already holds {held[-1].name}: go on with --resume {run_dir}, or name another --run-dir.")
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(run_dir)
         (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        (run_dir / "script.py").write_text(Path(__file__).read_text())
+        (run_dir / "script.py").write_bytes(Path(__file__).read_bytes())
     except OSError as error:
         fail(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
-    return run_dir
+    return run_dir, lock
+
+
+def lock_folder(run_dir):
+    """Refuse a folder that another process writes. The lock is the open file that is returned: it dies with us."""
+    try:
+        import fcntl
+    except ImportError:
+        return None  # not on Windows
+    lock = open(run_dir / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{run_dir} is being written by another process: name another --run-dir.")
+    return lock
 
 
 def open_writer(args, run_dir, global_step):
     """TensorBoard's writer for the run folder. With --track, Weights & Biases receives what is written to it."""
     if args.track:
-        try:
-            import wandb
-        except ModuleNotFoundError:
-            fail("--track needs Weights & Biases: pip install wandb.")
+        import wandb
+
         project, entity, config = args.wandb_project_name, args.wandb_entity, dataclasses.asdict(args)
         wandb.init(project=project, entity=entity, config=config, name=run_dir.name, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what a run wrote after its last checkpoint
@@ -498,22 +550,23 @@ def train(args):
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     global_step = checkpoint["global_step"] if checkpoint else 0
     if global_step >= args.total_timesteps:
-        fail(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.", code=0)
+        print(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.")
+        return Path(args.resume).parents[1]
     envs = make_envs(args, args.num_envs, spread_seed(1, args.seed, global_step), training=True)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    learning_rate = f"learning rate {annealed_lr(args, global_step):.3g}"
+    rollout = Rollout(args.num_steps, envs, device)
     if checkpoint:
         restore(checkpoint, agent, optimizer)
-        learning_rate += f" (last {optimizer.param_groups[0]['lr']:.3g})"
-    rollout = Rollout(args.num_steps, envs, device)
 
-    run_dir = open_run(args)
+    run_dir, _lock = open_run(args)
     writer = open_writer(args, run_dir, global_step)
     on_cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
     where = torch.cuda.get_device_name() if device.type == "cuda" else on_cpu
-    steps = f"steps {global_step:,} to {args.total_timesteps:,}, {learning_rate}"
-    print(f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}, {steps}, in {run_dir}", flush=True)
+    plan = f"steps {global_step:,} to {args.total_timesteps:,}, learning rate {annealed_lr(args, global_step):.3g}"
+    if checkpoint:
+        plan += f" (last {optimizer.param_groups[0]['lr']:.3g})"
+    print(f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}, {plan}, in {run_dir}", flush=True)
     bar = progress_bar(args.total_timesteps, global_step)
     next_save = (global_step // args.save_freq + 1) * args.save_freq
     start_time, start_step = time.monotonic(), global_step
@@ -537,7 +590,7 @@ def train(args):
                 obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
                 next_obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=device)
                 rollout.rewards[t] = torch.as_tensor(rewards)
-                rollout.terminated[t] = torch.as_tensor(terminated | infos["life_lost"])  # of a life, not of the game
+                rollout.terminated[t] = torch.as_tensor(terminated | infos["life_lost"])  # though the game may go on
                 rollout.truncated[t] = torch.as_tensor(truncated)
                 if truncated.any():
                     final_obs = np.stack(infos["final_obs"][truncated])  # `obs` is already the next episode's
@@ -564,11 +617,11 @@ def train(args):
 
         # Learn
         batch = rollout.flatten(advantages, returns)
-        losses = ppo_update(agent, optimizer, batch, args)
+        metrics = ppo_update(agent, optimizer, batch, args)
 
         # Log
-        losses["explained_variance"] = (1 - (returns - rollout.values).var() / returns.var()).item()
-        for name, value in losses.items():
+        metrics["explained_variance"] = (1 - (returns - rollout.values).var() / returns.var()).item()
+        for name, value in metrics.items():
             writer.add_scalar(f"losses/{name}", value, global_step)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("charts/SPS", (global_step - start_step) / (time.monotonic() - start_time), global_step)
@@ -579,12 +632,15 @@ def train(args):
         # Save
         if global_step >= min(next_save, args.total_timesteps):
             writer.flush()
-            save_checkpoint(run_dir, args, global_step, model=agent.state_dict(), optimizer=optimizer.state_dict())
+            state = {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            saved = save_checkpoint(run_dir, args, global_step, **state)
             next_save = (global_step // args.save_freq + 1) * args.save_freq
 
     bar.close()
     envs.close()
     writer.close()
+    if not saved:
+        fail(f"the last checkpoint of {run_dir} could not be written; --resume goes on from the newest that was.")
     print(f"Done. Score it: python evaluate.py {run_dir}")
     return run_dir
 

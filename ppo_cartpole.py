@@ -17,19 +17,21 @@
     python ppo_cartpole.py --env-id Acrobot-v1 --norm-obs
     python evaluate.py runs/<run>
 
-For any Gymnasium environment with vector observations and discrete actions, also one of your own: a file
-my_module.py that registers it is named with --env-id my_module:MyEnv-v0.
+For any Gymnasium environment with vector observations and discrete actions, also one of your own: a file my_module.py
+beside this one that registers it is named with --env-id my_module:MyEnv-v0.
 
-Departs from the paper: (1) gradients are clipped to a global norm, (2) advantages are normalized in each
-minibatch, (3) actor and critic are separate networks with orthogonal initialization, (4) Adam's epsilon is 1e-5;
-all four as in openai/baselines, where the published scores come from. Departs from baselines: a truncated episode
-(CartPole's 500 steps are up) is not taken for a terminated one, its last observation still has a value.
+Departs from the paper, as openai/baselines does: (1) gradients are clipped to a global norm, (2) advantages are
+normalized in each minibatch, (3) weights start orthogonal and Adam's epsilon is 1e-5. Departs from both: (4) a
+truncated episode (CartPole's 500 steps are up) is not taken for a terminated one, its last observation has a value.
+Hyperparameters start from those that rl-baselines3-zoo found for CartPole, with twice the learning rate.
 """
 
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -65,14 +67,14 @@ class Args:
     total_timesteps: int = 60_000  # steps, all environments together; the last rollout is played to its end
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # of everything random; on the CPU, the same seed gives the same run, bit for bit
-    run_dir: str | None = None  # folder of this run (default: runs/{env_id}__{exp_name}__{seed}__{unix time})
-    save_freq: int | None = None  # steps between checkpoints (default: a tenth of the run)
+    run_dir: str | None = None  # folder of this run; None: runs/{env_id}__{exp_name}__{seed}__{unix time}
+    save_freq: int | None = None  # steps between checkpoints; None: a tenth of the run
     resume: str | None = None  # run folder or checkpoint to go on from; flags given beside it replace the saved ones
     cuda: bool = False  # train on the GPU; networks as small as these are faster on the CPU
-    torch_deterministic: bool = True  # only deterministic GPU kernels; off may be faster
+    torch_deterministic: bool = True  # only deterministic cuDNN kernels; off may be faster
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "single-file-rl"  # W&B project
-    wandb_entity: str | None = None  # W&B team (default: your own account)
+    wandb_entity: str | None = None  # W&B team; None: your own account
 
     num_envs: int = 8  # environments played side by side; more give less correlated batches
     num_steps: int = 32  # steps per environment between updates (T); longer sees further, learns later
@@ -93,21 +95,23 @@ class Args:
 
     def __post_init__(self):
         """Refuse what cannot work, naming the flag, what it got and what it takes."""
-        ranges = {
-            "total_timesteps save_freq num_envs num_steps num_minibatches update_epochs": (1, float("inf")),
-            "learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl": (0, float("inf")),
-            "seed": (0, 2**32 - 1),
-            "gamma gae_lambda": (0, 1),
-        }
-        for names, (least, most) in ranges.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not least <= value <= most:
-                    fail(f"--{name.replace('_', '-')} must be between {least} and {most}, got {value}.", code=2)
-        batch_size, parts = self.num_envs * self.num_steps, self.num_minibatches
-        if batch_size % parts:
-            fail(f"--num-minibatches {parts} does not divide --num-envs times --num-steps = {batch_size}.", code=2)
-        if self.norm_adv and batch_size == parts:
+        for name in "total_timesteps save_freq num_envs num_steps num_minibatches update_epochs".split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                fail(f"--{name.replace('_', '-')} must be at least 1, got {value}.", code=2)
+        for name in "seed learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl".split():
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                fail(f"--{name.replace('_', '-')} must be a number of 0 or more, got {value}.", code=2)
+        for name in "gamma gae_lambda".split():
+            if not 0 <= getattr(self, name) <= 1:
+                fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(self, name)}.", code=2)
+        batch_size, num_minibatches = self.num_envs * self.num_steps, self.num_minibatches
+        if batch_size % num_minibatches:
+            fail(
+                f"--num-minibatches {num_minibatches} does not divide --num-envs * --num-steps = {batch_size}.", code=2
+            )
+        if self.norm_adv and batch_size == num_minibatches:
             fail("--norm-adv needs minibatches of 2 or more: lower --num-minibatches, or add --no-norm-adv.", code=2)
         if self.total_timesteps < batch_size:
             fail(f"--total-timesteps {self.total_timesteps} is less than one rollout of {batch_size} steps.", code=2)
@@ -134,11 +138,12 @@ def make_envs(args, num_envs, seed, training, render=False):
         )
     except gym.error.DependencyNotInstalled as error:
         fail(f"--env-id {args.env_id} needs a package that is not installed: {error}", code=2)
-    except ModuleNotFoundError as error:
-        fail(f"--env-id {args.env_id} names a module that cannot be imported: {error.msg}", code=2)
+    except ImportError as error:
+        fail(f"--env-id {args.env_id} cannot be imported: {error.msg}", code=2)
     except gym.error.Error:
         close = ", ".join(difflib.get_close_matches(args.env_id, gym.registry))
-        fail(f"--env-id {args.env_id} is not registered.{f' Close: {close}.' if close else ''}", code=2)
+        hint = f"Close: {close}." if close else "For Atari games use ppo_atari.py."
+        fail(f"--env-id {args.env_id} is not registered. {hint}", code=2)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
         fail(f"--env-id {args.env_id} does not give vectors but {obs_space}; for Atari frames use ppo_atari.py.", 2)
@@ -153,7 +158,7 @@ def make_envs(args, num_envs, seed, training, render=False):
 
 
 class RunningNorm(nn.Module):
-    """Normalizes vectors by the mean and variance of all that were passed to update().
+    """Normalizes vectors by the mean and variance of all that were passed to update(), and clips them to ±10.
 
     The statistics are buffers: they are saved and loaded with the network, and only update() changes them.
     """
@@ -212,6 +217,11 @@ class Agent(nn.Module):
         x = self.norm_obs(obs.float())
         return self.actor(x), self.critic(x).squeeze(-1)
 
+    def observe(self, obs):
+        """Take observations (B, size) into the statistics of --norm-obs; without it, nothing."""
+        if isinstance(self.norm_obs, RunningNorm):
+            self.norm_obs.update(obs.float())
+
     def act(self, obs, greedy):
         """obs (N, size) -> actions (N,) int64: the likeliest ones, or sampled as in training."""
         logits, _ = self(obs)
@@ -232,22 +242,21 @@ class Rollout:
     """What T steps of N environments gave, preallocated. Row t: what was seen, what was done, what came of it."""
 
     def __init__(self, num_steps, envs, device):
-        shape, space = (num_steps, envs.num_envs), envs.single_observation_space  # (T, N)
+        T, N, space = num_steps, envs.num_envs, envs.single_observation_space
         dtype = torch.uint8 if space.dtype == np.uint8 else torch.float32  # frames stay bytes: a quarter of the memory
-        self.obs = torch.zeros((*shape, *space.shape), dtype=dtype, device=device)
-        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(shape, device=device)
-        self.values = torch.zeros(shape, device=device)
-        self.rewards = torch.zeros(shape, device=device)
-        self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)  # no future after this step
-        self.truncated = torch.zeros(shape, dtype=torch.bool, device=device)  # cut off here, though there was a future
-        self.final_values = torch.zeros(shape, device=device)  # what that future was worth; read where truncated
+        self.obs = torch.zeros((T, N, *space.shape), dtype=dtype, device=device)
+        self.actions = torch.zeros((T, N), dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros((T, N), device=device)
+        self.values = torch.zeros((T, N), device=device)
+        self.rewards = torch.zeros((T, N), device=device)
+        self.terminated = torch.zeros((T, N), dtype=torch.bool, device=device)  # no future after this step
+        self.truncated = torch.zeros((T, N), dtype=torch.bool, device=device)  # cut off, though there was a future
+        self.final_values = torch.zeros((T, N), device=device)  # what that future was worth; read where truncated
 
     def flatten(self, advantages, returns):
-        """What an update needs, with the `advantages` and `returns` (T, N) of the rows: a dict of (B, ...) tensors."""
-        batch = {"obs": self.obs, "actions": self.actions, "logprobs": self.logprobs, "values": self.values}
-        batch |= {"advantages": advantages, "returns": returns}
-        return {name: x.flatten(0, 1) for name, x in batch.items()}  # (T, N, ...) -> (B, ...), B = T * N
+        """The batch that an update needs: obs, actions, logprobs, values, advantages, returns, each (B, ...)."""
+        batch = (self.obs, self.actions, self.logprobs, self.values, advantages, returns)
+        return tuple(x.flatten(0, 1) for x in batch)  # (T, N, ...) -> (B, ...), B = T * N
 
 
 # ---- Learning ----
@@ -269,34 +278,35 @@ def compute_gae(rewards, values, next_values, terminated, ended, gamma, gae_lamb
 
 def annealed_lr(args, global_step):
     """The learning rate of an update after `global_step` steps: linear, reaching 0 at --total-timesteps."""
-    return args.learning_rate * (1 - global_step / args.total_timesteps if args.anneal_lr else 1)
+    fraction_left = 1 - global_step / args.total_timesteps if args.anneal_lr else 1
+    return args.learning_rate * fraction_left
 
 
-def ppo_loss(agent, mb, args):
-    """The loss to minimize on a minibatch `mb`, and its parts by name (Schulman et al. 2017, eq. 7 and 9).
+def ppo_loss(agent, minibatch, args):
+    """The loss to minimize, and its metrics by name (Schulman et al. 2017, eq. 7 and 9).
 
-    mb: obs, actions, logprobs, values as the rollout had them, advantages, returns; each (M, ...).
+    minibatch: obs, actions, logprobs and values as the rollout had them, advantages, returns; each (M, ...).
     """
-    logits, new_values = agent(mb["obs"])  # (M, A), (M,)
+    mb_obs, mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns = minibatch
+    logits, new_values = agent(mb_obs)  # (M, A), (M,)
     log_pi = logits.log_softmax(-1)
-    logratio = log_pi.gather(-1, mb["actions"].unsqueeze(-1)).squeeze(-1) - mb["logprobs"]  # (M,)
+    logratio = log_pi.gather(-1, mb_actions.unsqueeze(-1)).squeeze(-1) - mb_logprobs  # (M,)
     ratio = logratio.exp()
 
-    advantages = mb["advantages"]
     if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+    policy_loss = -torch.min(ratio * mb_advantages, clipped_ratio * mb_advantages).mean()
 
-    value_loss = (new_values - mb["returns"]) ** 2
-    if args.clip_vloss:  # the worse of the two errors, so that clipping never hides one
-        clipped_values = mb["values"] + (new_values - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
-        value_loss = torch.max(value_loss, (clipped_values - mb["returns"]) ** 2)
+    value_loss = (new_values - mb_returns) ** 2
+    if args.clip_vloss:  # the larger error: no gradient once a value has moved clip_coef toward its return
+        clipped_values = mb_values + (new_values - mb_values).clamp(-args.clip_coef, args.clip_coef)
+        value_loss = torch.max(value_loss, (clipped_values - mb_returns) ** 2)
     value_loss = 0.5 * value_loss.mean()
 
     entropy = -(log_pi.exp() * log_pi).sum(-1).mean()
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-    parts = {
+    metrics = {
         "value_loss": value_loss,
         "policy_loss": policy_loss,
         "entropy": entropy,
@@ -304,25 +314,26 @@ def ppo_loss(agent, mb, args):
         "approx_kl": (ratio - 1 - logratio).mean(),  # never negative, less noisy (joschu.net/blog/kl-approx.html)
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
     }
-    return loss, {name: part.detach() for name, part in parts.items()}
+    return loss, {name: metric.detach() for name, metric in metrics.items()}
 
 
 def ppo_update(agent, optimizer, batch, args):
-    """Epochs of minibatch steps on one rollout, a dict of (B, ...) tensors. Returns each loss's mean over all steps."""
-    size = len(batch["obs"])
-    steps = []  # of each gradient step, its losses; they stay on the device, to wait for it once and not at each step
+    """Epochs of minibatch steps on `batch`, which Rollout.flatten made. Returns each metric's mean over all steps."""
+    batch_size, device = len(batch[0]), batch[0].device
+    steps = []  # metrics of each gradient step, left on the device: reading them here would wait for it every time
     for _ in range(args.update_epochs):
-        for mb_inds in torch.randperm(size, device=batch["obs"].device).split(size // args.num_minibatches):
-            loss, parts = ppo_loss(agent, {name: x[mb_inds] for name, x in batch.items()}, args)
+        for mb_inds in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
+            loss, metrics = ppo_loss(agent, [x[mb_inds] for x in batch], args)
             optimizer.zero_grad()
             loss.backward()
-            parts["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # before clipping
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # before clipping
             optimizer.step()
-            steps.append(parts)
-        epoch_kl = torch.stack([parts["approx_kl"] for parts in steps[-args.num_minibatches :]]).mean()
-        if args.target_kl is not None and epoch_kl > args.target_kl:
-            break
-    means = torch.stack([torch.stack(list(parts.values())) for parts in steps]).mean(0)
+            steps.append(metrics)
+        if args.target_kl is not None:
+            epoch = steps[-args.num_minibatches :]
+            if torch.stack([metrics["approx_kl"] for metrics in epoch]).mean() > args.target_kl:
+                break
+    means = torch.stack([torch.stack(list(metrics.values())) for metrics in steps]).mean(0)
     return dict(zip(steps[0], means.tolist(), strict=True))
 
 
@@ -330,30 +341,46 @@ def ppo_update(agent, optimizer, batch, args):
 
 
 def save_checkpoint(run_dir, args, global_step, **state):
-    """Write all that --resume and evaluate.py need to {run_dir}/checkpoints/{global_step}.pt; whole, or not at all."""
+    """Write all that --resume and evaluate.py need to {run_dir}/checkpoints/{global_step}.pt; whole, or not at all.
+
+    Returns whether it was written. A full disk is no reason to stop: the next checkpoint may fit again.
+    """
     checkpoint = {
         "format": FORMAT,
         "script": Path(__file__).stem,
         "args": dataclasses.asdict(args),
         "global_step": global_step,
         **state,
-        "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "rng": {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        },
         "versions": {"torch": str(torch.__version__), "gymnasium": gym.__version__, "numpy": np.__version__},
     }
     path = run_dir / "checkpoints" / f"{global_step:012d}.pt"
     unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())  # else the new name could reach the disk before what it names
-    unfinished.replace(path)
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # else the new name could reach the disk before what it names
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of some
+        print(f"{path} could not be written and is left out: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def list_checkpoints(run_dir):
+    """The checkpoints of a run folder, oldest first. Files that are not named by a step are not its own."""
+    return sorted(path for path in run_dir.glob("checkpoints/*.pt") if path.stem.isdigit())
 
 
 def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
     path = Path(path)
     if path.is_dir():
-        found = sorted(path.glob("checkpoints/*.pt"))  # the step is padded with zeros: by name is by step
+        found = list_checkpoints(path)
         if not found:
             fail(f"{path} holds no checkpoint (checkpoints/*.pt).")
         path = found[-1]
@@ -372,8 +399,8 @@ def load_checkpoint(path):
         fail(f"{path} is damaged, or no checkpoint of these scripts ({type(error).__name__}).")
     if damaged:
         fail(f"{path} is damaged: the checksum of {damaged} is wrong.")
-    required = {"format", "script", "args", "global_step", "model"}
-    if not isinstance(checkpoint, dict) or not required <= checkpoint.keys():
+    types = {"format": int, "script": str, "args": dict, "global_step": int, "model": dict}
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in types.items()):
         fail(f"{path} is no checkpoint of these scripts.")
     if checkpoint["format"] != FORMAT:
         fail(f"{path} has format {checkpoint['format']}; this program reads format {FORMAT}.")
@@ -385,59 +412,77 @@ def restore(checkpoint, agent, optimizer):
     try:
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError):
-        fail(
-            "the checkpoint does not fit the network of this script, which was edited since, or runs with other flags."
-        )
-    torch.set_rng_state(checkpoint["rng"]["torch"])
-    if next(agent.parameters()).is_cuda:
-        torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+        torch.set_rng_state(checkpoint["rng"]["torch"])
+        if torch.cuda.is_initialized() and checkpoint["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
+    except Exception as error:  # the file is whole, so it is the script or its flags that changed
+        fail(f"the checkpoint does not fit this script or its flags: {str(error).splitlines()[0]}")
 
 
 def read_args():
     """Args from the command line. Beside --resume, what the command line leaves out is as the checkpoint has it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    resume = parser.parse_known_args()[0].resume
-    if resume is None:
-        return tyro.cli(Args, description=__doc__)
-    path = find_checkpoint(resume).resolve()
-    saved = load_checkpoint(path)["args"]
-    if unknown := saved.keys() - {field.name for field in dataclasses.fields(Args)}:
-        fail(f"{path} was written by a script with other arguments: {', '.join(sorted(unknown))}.")
-    run_dir = str(path.parents[1]) if path.parent.name == "checkpoints" else None
-    args = tyro.cli(Args, description=__doc__, default=Args(**saved | {"resume": str(path), "run_dir": run_dir}))
-    if args.env_id != saved["env_id"]:
-        fail(f"--env-id {args.env_id} cannot go on from a checkpoint of {saved['env_id']}.", code=2)
-    return dataclasses.replace(args, resume=str(path))
+    parser.add_argument("--resume", nargs="?")
+    default = None
+    if resume := parser.parse_known_args()[0].resume:
+        path = find_checkpoint(resume).resolve()
+        checkpoint = load_checkpoint(path)
+        run_dir = str(path.parents[1]) if path.parent.name == "checkpoints" else None
+        try:
+            default = Args(**checkpoint["args"] | {"resume": str(path), "run_dir": run_dir})
+        except TypeError:
+            fail(f"{path} was written by {checkpoint['script']}.py, whose arguments are not those of this script.")
+    args = tyro.cli(Args, description=__doc__, default=default)
+    if default and args.env_id != default.env_id:
+        fail(f"--env-id {args.env_id} cannot go on from a checkpoint of {default.env_id}.", code=2)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb.", code=2)
+    args.resume = default.resume if default else None
+    return args
 
 
 # ---- Training ----
 
 
 def open_run(args):
-    """Make the run folder and record in it what runs: args.json, script.py. Returns its Path."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    held = sorted(run_dir.glob("checkpoints/*.pt"))
+    """Make the run folder, lock it, and record in it what runs: args.json, script.py. Returns its Path and the lock."""
+    run_dir = Path(args.run_dir or "runs")
+    if args.run_dir is None:
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+        taken = len(list(run_dir.glob(f"{name}*")))
+        run_dir /= f"{name}_{taken + 1}" if taken else name  # a sweep may start several runs in one second
+    held = list_checkpoints(run_dir)
     if held and (args.resume is None or held[-1].resolve() != Path(args.resume)):
         fail(f"{run_dir} already holds {held[-1].name}: go on with --resume {run_dir}, or name another --run-dir.")
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(run_dir)
         (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        (run_dir / "script.py").write_text(Path(__file__).read_text())
+        (run_dir / "script.py").write_bytes(Path(__file__).read_bytes())
     except OSError as error:
         fail(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
-    return run_dir
+    return run_dir, lock
+
+
+def lock_folder(run_dir):
+    """Refuse a folder that another process writes. The lock is the open file that is returned: it dies with us."""
+    try:
+        import fcntl
+    except ImportError:
+        return None  # not on Windows
+    lock = open(run_dir / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{run_dir} is being written by another process: name another --run-dir.")
+    return lock
 
 
 def open_writer(args, run_dir, global_step):
     """TensorBoard's writer for the run folder. With --track, Weights & Biases receives what is written to it."""
     if args.track:
-        try:
-            import wandb
-        except ModuleNotFoundError:
-            fail("--track needs Weights & Biases: pip install wandb.")
+        import wandb
+
         project, entity, config = args.wandb_project_name, args.wandb_entity, dataclasses.asdict(args)
         wandb.init(project=project, entity=entity, config=config, name=run_dir.name, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what a run wrote after its last checkpoint
@@ -482,22 +527,23 @@ def train(args):
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     global_step = checkpoint["global_step"] if checkpoint else 0
     if global_step >= args.total_timesteps:
-        fail(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.", code=0)
+        print(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.")
+        return Path(args.resume).parents[1]
     envs = make_envs(args, args.num_envs, spread_seed(1, args.seed, global_step), training=True)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    learning_rate = f"learning rate {annealed_lr(args, global_step):.3g}"
+    rollout = Rollout(args.num_steps, envs, device)
     if checkpoint:
         restore(checkpoint, agent, optimizer)
-        learning_rate += f" (last {optimizer.param_groups[0]['lr']:.3g})"
-    rollout = Rollout(args.num_steps, envs, device)
 
-    run_dir = open_run(args)
+    run_dir, _lock = open_run(args)
     writer = open_writer(args, run_dir, global_step)
     on_cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
     where = torch.cuda.get_device_name() if device.type == "cuda" else on_cpu
-    steps = f"steps {global_step:,} to {args.total_timesteps:,}, {learning_rate}"
-    print(f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}, {steps}, in {run_dir}", flush=True)
+    plan = f"steps {global_step:,} to {args.total_timesteps:,}, learning rate {annealed_lr(args, global_step):.3g}"
+    if checkpoint:
+        plan += f" (last {optimizer.param_groups[0]['lr']:.3g})"
+    print(f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}, {plan}, in {run_dir}", flush=True)
     bar = progress_bar(args.total_timesteps, global_step)
     save_freq = args.save_freq or max(1, args.total_timesteps // 10)
     next_save = (global_step // save_freq + 1) * save_freq
@@ -549,13 +595,12 @@ def train(args):
 
         # Learn
         batch = rollout.flatten(advantages, returns)
-        losses = ppo_update(agent, optimizer, batch, args)
-        if args.norm_obs:
-            agent.norm_obs.update(batch["obs"])  # only now: what was updated is the policy that had acted
+        metrics = ppo_update(agent, optimizer, batch, args)
+        agent.observe(batch[0])  # after the update: old and new policy must see the same inputs
 
         # Log
-        losses["explained_variance"] = (1 - (returns - rollout.values).var() / returns.var()).item()
-        for name, value in losses.items():
+        metrics["explained_variance"] = (1 - (returns - rollout.values).var() / returns.var()).item()
+        for name, value in metrics.items():
             writer.add_scalar(f"losses/{name}", value, global_step)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("charts/SPS", (global_step - start_step) / (time.monotonic() - start_time), global_step)
@@ -566,12 +611,15 @@ def train(args):
         # Save
         if global_step >= min(next_save, args.total_timesteps):
             writer.flush()
-            save_checkpoint(run_dir, args, global_step, model=agent.state_dict(), optimizer=optimizer.state_dict())
+            state = {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            saved = save_checkpoint(run_dir, args, global_step, **state)
             next_save = (global_step // save_freq + 1) * save_freq
 
     bar.close()
     envs.close()
     writer.close()
+    if not saved:
+        fail(f"the last checkpoint of {run_dir} could not be written; --resume goes on from the newest that was.")
     print(f"Done. Score it: python evaluate.py {run_dir}")
     return run_dir
 

@@ -3,17 +3,21 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, SHORT, flags, reload
+from conftest import ROOT, SCRIPTS, SHORT, flags, reload, run
 from probes import PROBES, PixelProbe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
 from ppo_cartpole import load_checkpoint, spread_seed
+
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 
 @pytest.fixture
@@ -151,10 +155,10 @@ def test_resume_goes_on_with_everything(trained, tmp_path, monkeypatch, capsys):
     assert steps == sorted(set(steps))  # nothing doubled
 
     monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir)])
-    with pytest.raises(SystemExit) as stop:
-        module.train(module.read_args())
-    assert stop.value.code == 0
-    assert "is finished" in capsys.readouterr().err
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
+    assert module.train(module.read_args()) == run_dir.resolve()
+    assert "is finished" in capsys.readouterr().out
+    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
 
 
 def test_what_a_run_wrote_after_its_last_checkpoint_is_not_doubled(tmp_path, monkeypatch):
@@ -164,7 +168,7 @@ def test_what_a_run_wrote_after_its_last_checkpoint_is_not_doubled(tmp_path, mon
 
     def save_once(*args, **state):
         calls.append(args)
-        return save(*args, **state) if len(calls) == 1 else None
+        return save(*args, **state) if len(calls) == 1 else True
 
     monkeypatch.setattr(module, "save_checkpoint", save_once)
     run_dir = module.train(module.Args(run_dir=str(tmp_path / "run"), total_timesteps=2560, save_freq=1024))
@@ -186,21 +190,42 @@ def test_a_folder_with_a_checkpoint_is_not_overwritten(trained, capsys):
     assert before == sorted((path.name, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
 
 
-def test_an_interrupted_save_leaves_the_old_checkpoint_and_no_new_one(tmp_path, monkeypatch):
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path):
+    """A limit on the size of a file stands in for the full disk: the system refuses the write half way."""
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); import ppo_cartpole as p; "
+    code += "p.train(p.Args(run_dir='run', total_timesteps=1024, save_freq=256))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": ROOT}, text=True, **PIPES)
+    assert done.returncode == 1
+    assert done.stderr.count("could not be written and is left out") == 4
+    assert "the last checkpoint of run could not be written" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("checkpoints/*.pt"))
+
+
+def test_two_processes_never_write_one_folder(tmp_path, capsys):
     module = SCRIPTS["ppo_cartpole"]
-    args = module.Args(run_dir=str(tmp_path / "run"), **SHORT["ppo_cartpole"])
-    run_dir = module.train(args)
-    whole = module.find_checkpoint(run_dir).read_bytes()
+    _, lock = module.open_run(module.Args(run_dir=str(tmp_path / "run")))
+    done = run("ppo_cartpole.py", "--run-dir", "run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "another process" in done.stderr
+    assert done.stderr.count("\n") == 1
+    lock.close()
+    module.open_run(module.Args(run_dir=str(tmp_path / "run")))
 
-    def half(checkpoint, file):
-        file.write(whole[: len(whole) // 2])
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="No space"):
-        module.save_checkpoint(run_dir, args, 999, model={}, optimizer={})
-    assert module.find_checkpoint(run_dir).read_bytes() == whole
-    assert not (run_dir / "checkpoints" / f"{999:012d}.pt").exists()
+def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
+    module = SCRIPTS["ppo_cartpole"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module.time, "time", lambda: 1e9)
+    folders = [module.open_run(module.Args())[0] for _ in range(3)]
+    assert len(set(folders)) == 3
+
+
+def test_a_file_that_is_not_named_by_a_step_is_not_the_newest(checkpoint_file):
+    best = checkpoint_file.with_name("best.pt")
+    best.write_bytes(checkpoint_file.read_bytes())
+    assert evaluate.find_checkpoint(checkpoint_file.parents[1]) == checkpoint_file
+    assert evaluate.find_checkpoint(best) == best
 
 
 class Payload:
@@ -247,6 +272,30 @@ def test_other_formats_and_foreign_files_are_refused(checkpoint_file, tmp_path, 
     assert "no checkpoint of these scripts" in refusal(tmp_path / "weights.pt", capsys)
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     assert "no checkpoint of these scripts" in refusal(tmp_path / "tensor.pt", capsys)
+    for broken in ({"args": [1]}, {"model": 3}, {"global_step": "5"}, {"format": torch.zeros(3)}, {"script": 7}):
+        torch.save(checkpoint | broken, tmp_path / "broken.pt")
+        assert "no checkpoint of these scripts" in refusal(tmp_path / "broken.pt", capsys)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"optimizer": 3}, {"rng": None}, {"args": {"no_such": 1}}, {"args": {"num_envs": "8"}}, {"model": {"a": 1}}],
+)
+def test_a_whole_file_that_fits_nothing_gets_one_sentence(broken, checkpoint_file, capsys, monkeypatch):
+    """Not damaged, but from an edited script, or made by hand."""
+    module = SCRIPTS["ppo_cartpole"]
+    torch.save(load_checkpoint(checkpoint_file) | broken, checkpoint_file)
+    monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(checkpoint_file), "--total-timesteps", "2000"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.read_args())
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    if broken.keys() & {"args", "model"}:
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(evaluate.Args(str(checkpoint_file)))
+        assert stop.value.code == 1
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_norm_obs_is_saved_and_reloaded_and_frozen(tmp_path):

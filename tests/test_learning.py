@@ -58,7 +58,7 @@ def test_ppo_loss_matches_a_loop_over_its_definition(clip_vloss, norm_adv):
     torch.manual_seed(0)
     size, num_actions, clip = 32, 3, 0.2
     agent = Linear(size, num_actions)
-    mb = {"obs": torch.zeros(size), "actions": torch.randint(num_actions, (size,))}
+    mb = {"obs": torch.zeros(size), "actions": torch.randint(num_actions, (size,)), "logprobs": None}
     mb |= {name: torch.randn(size, dtype=torch.float64) for name in ("values", "advantages", "returns")}
     new_logprobs = Categorical(logits=agent.logits.detach()).log_prob(mb["actions"])
     mb["logprobs"] = new_logprobs + 0.3 * torch.randn(size, dtype=torch.float64)
@@ -77,12 +77,12 @@ def test_ppo_loss_matches_a_loop_over_its_definition(clip_vloss, norm_adv):
         value.append(0.5 * (max(error, (old + np.clip(new - old, -clip, clip) - target) ** 2) if clip_vloss else error))
     entropy = Categorical(logits=agent.logits.detach()).entropy().mean().item()
 
-    loss, parts = ppo_loss(agent, mb, args)
+    loss, metrics = ppo_loss(agent, tuple(mb.values()), args)
     assert 0 < np.mean(clipped) < 1  # both sides of the clipping are on trial
-    assert parts["policy_loss"].item() == pytest.approx(np.mean(policy))
-    assert parts["value_loss"].item() == pytest.approx(np.mean(value))
-    assert parts["entropy"].item() == pytest.approx(entropy)
-    assert parts["clipfrac"].item() == pytest.approx(np.mean(clipped))
+    assert metrics["policy_loss"].item() == pytest.approx(np.mean(policy))
+    assert metrics["value_loss"].item() == pytest.approx(np.mean(value))
+    assert metrics["entropy"].item() == pytest.approx(entropy)
+    assert metrics["clipfrac"].item() == pytest.approx(np.mean(clipped))
     assert loss.item() == pytest.approx(np.mean(policy) - 0.02 * entropy + 0.7 * np.mean(value))
 
 
@@ -123,8 +123,7 @@ def test_target_kl_ends_the_update_after_a_whole_epoch():
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     obs = torch.randn(64, 4)
     actions, logprobs = sample(agent(obs)[0].detach())
-    batch = {"obs": obs, "actions": actions, "logprobs": logprobs}
-    batch |= {name: torch.randn(64) for name in ("values", "advantages", "returns")}
+    batch = (obs, actions, logprobs, *torch.randn(3, 64))
     ppo_cartpole.ppo_update(agent, optimizer, batch, args)
     assert optimizer.state[next(agent.parameters())]["step"] == 4  # one epoch of four minibatches, of five
 
@@ -134,11 +133,10 @@ def test_gradients_are_clipped_to_a_global_norm():
     args = Args(num_minibatches=1, update_epochs=1, max_grad_norm=0.01)
     agent = ppo_cartpole.Agent(ppo_cartpole.make_envs(args, 8, seed=0, training=True), args)
     before = torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
-    batch = {"obs": torch.randn(64, 4), "actions": torch.zeros(64, dtype=torch.int64)}
-    batch |= {name: torch.randn(64) for name in ("logprobs", "values", "advantages", "returns")}
-    losses = ppo_cartpole.ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, args)
+    batch = (torch.randn(64, 4), torch.zeros(64, dtype=torch.int64), *torch.randn(4, 64))
+    metrics = ppo_cartpole.ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, args)
     change = torch.nn.utils.parameters_to_vector(agent.parameters()).detach() - before
-    assert losses["grad_norm"] > 0.1  # as it was before clipping
+    assert metrics["grad_norm"] > 0.1  # as it was before clipping
     assert change.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
@@ -235,7 +233,6 @@ def test_ratio_is_one_before_the_first_gradient_step(script):
     with torch.no_grad():
         logits, values = agent(obs)
         actions, logprobs = sample(logits)
-    batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
-    _, parts = module.ppo_loss(agent, batch | {"advantages": torch.randn(4), "returns": torch.randn(4)}, args)
-    assert parts["approx_kl"].item() == pytest.approx(0, abs=1e-6)
-    assert parts["clipfrac"].item() == 0
+    _, metrics = module.ppo_loss(agent, (obs, actions, logprobs, values, *torch.randn(2, 4)), args)
+    assert metrics["approx_kl"].item() == pytest.approx(0, abs=1e-6)
+    assert metrics["clipfrac"].item() == 0

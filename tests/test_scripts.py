@@ -146,6 +146,8 @@ USAGE = {  # arguments -> what the one sentence must name
         "--env-id Pendulum-v1": "discrete",
         "--env-id FrozenLake-v1": "vectors",
         "--env-id LunarLander-v3": "not installed",
+        "--env-id Hopper-v2": "Hopper-v2",
+        "--env-id ALE/Pong-v9": "ALE/Pong-v",
         "--env-id BreakoutNoFrameskip-v4": "BreakoutNoFrameskip-v4",
         "--env-id=": "not registered",
     },
@@ -167,6 +169,7 @@ EVERYWHERE = {
     "--gamma 1.01": "--gamma",
     "--gae-lambda -0.1": "--gae-lambda",
     "--learning-rate nan": "--learning-rate",
+    "--learning-rate inf": "--learning-rate",
     "--num-minibatches 3": "--num-minibatches 3",
     "--num-envs 2 --num-steps 4 --num-minibatches 8": "--norm-adv",
     "--total-timesteps 10": "rollout",
@@ -230,7 +233,14 @@ def test_a_run_folder_that_cannot_be_written_gets_one_sentence(script, tmp_path,
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [("--episodes 0", "--episodes"), ("--num-envs 11", "--num-envs"), ("--seed -1", "--seed"), ("--all", "--all")],
+    [
+        ("--episodes 0", "--episodes"),
+        ("--num-envs 11", "--num-envs"),
+        ("--seed -1", "--seed"),
+        ("--all", "--all"),
+        ("--json no/where.json", "--json"),
+        ("--json .", "--json"),
+    ],
 )
 def test_wrong_usage_of_evaluate_gets_one_sentence(arguments, named, tmp_path):
     done = run("evaluate.py", "some.pt", *arguments.split(), cwd=tmp_path)
