@@ -37,6 +37,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import sys
 import time
 import zipfile
@@ -97,7 +98,7 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus; larger explores longer
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # longest gradient (global L2 norm) that is applied as it is
-    target_kl: float | None = None  # end an update after an epoch whose mean KL divergence exceeds this
+    target_kl: float | None = None  # end an update after an epoch whose mean KL divergence exceeds this; None: never
 
     def __post_init__(self):
         """Refuse what cannot work, naming the flag, what it got and what it takes."""
@@ -364,7 +365,7 @@ def ppo_update(agent, optimizer, batch, args):
 # ---- Checkpoint ----
 
 
-def save_checkpoint(run_dir, args, global_step, **state):
+def save_checkpoint(run_dir, args, global_step, agent, optimizer, **more):
     """Write all that --resume and evaluate.py need to {run_dir}/checkpoints/{global_step}.pt; whole, or not at all.
 
     Returns whether it was written. A full disk is no reason to stop: the next checkpoint may fit again.
@@ -374,7 +375,9 @@ def save_checkpoint(run_dir, args, global_step, **state):
         "script": Path(__file__).stem,
         "args": dataclasses.asdict(args),
         "global_step": global_step,
-        **state,
+        "model": agent.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        **more,  # what else an algorithm must carry
         "rng": {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
@@ -502,6 +505,19 @@ def lock_folder(run_dir):
     return lock
 
 
+def note_signals():
+    """A list to which Ctrl-C and SIGTERM append their number, instead of ending the program; a second one ends it."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return received
+
+
 def open_writer(args, run_dir, global_step):
     """TensorBoard's writer for the run folder. With --track, Weights & Biases receives what is written to it."""
     if args.track:
@@ -541,8 +557,8 @@ def progress_bar(total, initial):
     )
 
 
-def train(args):
-    """Train as `args` say; returns the run folder."""
+def train(args, signals=()):
+    """Train as `args` say, until the end or until there is something in `signals`. Returns the run folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)
@@ -576,12 +592,14 @@ def train(args):
     episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
     recent_returns = deque(maxlen=100)
 
-    while global_step < args.total_timesteps:
+    while global_step < args.total_timesteps and not signals:
         optimizer.param_groups[0]["lr"] = annealed_lr(args, global_step)
 
         # Collect
         with torch.no_grad():
             for t in range(args.num_steps):
+                if signals:
+                    break
                 logits, values = agent(next_obs)
                 actions, logprobs = sample(logits)
                 rollout.obs[t], rollout.actions[t], rollout.logprobs[t] = next_obs, actions, logprobs
@@ -600,12 +618,15 @@ def train(args):
                 episode_return += infos["raw_rewards"]
                 episode_length += 1
                 for i in np.flatnonzero(terminated | truncated):
-                    step = global_step + int(i) + 1  # this environment's own: episodes that end together all show
+                    # Each environment's step has a number of its own, so that episodes ending together all show.
+                    step = global_step + t * args.num_envs + int(i) + 1
                     writer.add_scalar("charts/episodic_return", episode_return[i], step)
                     writer.add_scalar("charts/episodic_length", episode_length[i], step)
                     recent_returns.append(episode_return[i])
                     episode_return[i] = episode_length[i] = 0
-                global_step += args.num_envs
+            if signals:
+                break  # this rollout is dropped
+            global_step += args.num_steps * args.num_envs
 
             # Estimate
             next_values = torch.cat([rollout.values[1:], agent(next_obs)[1].unsqueeze(0)])  # (T, N)
@@ -632,13 +653,16 @@ def train(args):
         # Save
         if global_step >= min(next_save, args.total_timesteps):
             writer.flush()
-            state = {"model": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            saved = save_checkpoint(run_dir, args, global_step, **state)
+            saved = save_checkpoint(run_dir, args, global_step, agent, optimizer)
             next_save = (global_step // args.save_freq + 1) * args.save_freq
 
     bar.close()
     envs.close()
     writer.close()
+    if signals:
+        save_checkpoint(run_dir, args, global_step, agent, optimizer)
+        print(f"Stopped after {global_step:,} steps. Go on: python {Path(__file__).name} --resume {run_dir}")
+        sys.exit(128 + signals[0])
     if not saved:
         fail(f"the last checkpoint of {run_dir} could not be written; --resume goes on from the newest that was.")
     print(f"Done. Score it: python evaluate.py {run_dir}")
@@ -646,4 +670,4 @@ def train(args):
 
 
 if __name__ == "__main__":
-    train(read_args())
+    train(read_args(), note_signals())

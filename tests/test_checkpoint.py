@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -200,6 +202,29 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path):
     assert "the last checkpoint of run could not be written" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run").glob("checkpoints/*.pt"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(number, code, script, tmp_path):
+    """Ctrl-C, or what a cluster sends before it kills: what was learned so far is saved."""
+    arguments = flags(SHORT[script] | {"total_timesteps": 1_000_000, "save_freq": 1_000_000, "run_dir": "run"})
+    command = [sys.executable, ROOT / f"{script}.py", *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, text=True, **PIPES)
+    while not (events := list(tmp_path.glob("run/events.*"))) or events[0].stat().st_size < 5000:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in stderr
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = SCRIPTS[script].load_checkpoint(checkpoint)["global_step"]
+    assert step > 0
+    assert stdout.splitlines()[-1] == f"Stopped after {step:,} steps. Go on: python {script}.py --resume run"
+    batch = 256 if script == "ppo_cartpole" else 32
+    assert step % batch == 0
+    done = run(f"{script}.py", "--resume", "run", "--total-timesteps", step + batch, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_processes_never_write_one_folder(tmp_path, capsys):
