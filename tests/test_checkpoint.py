@@ -204,6 +204,29 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path):
     assert not list((tmp_path / "run").glob("checkpoints/*.pt"))
 
 
+def test_nan_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    module, made = SCRIPTS["ppo_cartpole"], []
+    agent_class, observe = module.Agent, module.Agent.observe
+    monkeypatch.setattr(module, "Agent", lambda *a: made.append(agent_class(*a)) or made[-1])
+
+    def spoil(agent, obs, calls=[]):  # noqa: B006
+        """After the third update, one weight of the critic is NaN."""
+        observe(agent, obs)
+        calls.append(obs)
+        if len(calls) == 3:
+            agent.critic[0].weight.data[0, 0] = float("nan")
+
+    monkeypatch.setattr(agent_class, "observe", spoil)
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.Args(run_dir=str(tmp_path / "run"), total_timesteps=2560, save_freq=512))
+    assert stop.value.code == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "value_loss is nan after 1,024 steps" in message
+    assert "000000000512.pt" in message
+    (checkpoint,) = module.list_checkpoints(tmp_path / "run")
+    assert all(x.isfinite().all() for x in module.load_checkpoint(checkpoint)["model"].values())
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(number, code, script, tmp_path):
     """Ctrl-C, or what a cluster sends before it kills: what was learned so far is saved."""
