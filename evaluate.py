@@ -114,7 +114,7 @@ def find_checkpoint(path):
     if path.is_dir():
         found = list_checkpoints(path)
         if not found:
-            fail(f"{path} holds no checkpoint (checkpoints/*.pt).")
+            fail(f"{path} holds no checkpoint (checkpoints/*.pt): name the folder of one run, or a .pt.")
         path = found[-1]
     if not path.is_file():
         fail(f"{path} does not exist.")
@@ -171,7 +171,7 @@ def rebuild(path, args, num_envs):
     except (TypeError, RuntimeError, AttributeError) as error:
         ran = path.resolve().parent.parent / "script.py"
         hint = f"if it was edited since, try --script {ran}" if ran.is_file() else "give the one that ran with --script"
-        fail(f"{path} does not fit {module.__file__} ({str(error).splitlines()[0]}); {hint}.")
+        fail(f"{path} does not fit {module.__file__} ({' '.join(str(error).split())[:160]}); {hint}.")
     return checkpoint, envs, agent.eval()
 
 
@@ -254,11 +254,11 @@ def score(path, args):
 def report(result):
     """One line for the person at the terminal."""
     low, high = result["ci95"]
-    line = f"return {result['mean_return']:.2f} ± {result['std_return']:.2f} over {result['episodes']} episodes"
+    line = f"return {result['mean_return']:.2f} ± {result['std_return']:.2f} (std) over {result['episodes']} episodes"
     line += f", 95% interval of the mean {low:.2f} to {high:.2f}"
     if result["human_normalized"] is not None:
         line += f", human-normalized {result['human_normalized']:.3f}"
-    print(f"{line}, {result['truncated']} cut off by the time limit", flush=True)
+    print(f"{line}, time limit reached in {result['truncated']}", flush=True)
 
 
 def score_all(run_dir, args):

@@ -407,7 +407,7 @@ def find_checkpoint(path):
     if path.is_dir():
         found = list_checkpoints(path)
         if not found:
-            fail(f"{path} holds no checkpoint (checkpoints/*.pt).")
+            fail(f"{path} holds no checkpoint (checkpoints/*.pt): name the folder of one run, or a .pt.")
         path = found[-1]
     if not path.is_file():
         fail(f"{path} does not exist.")
@@ -450,7 +450,8 @@ def restore(checkpoint, agent, optimizer):
         if torch.cuda.is_initialized() and checkpoint["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
     except Exception as error:  # the file is whole, so it is the script or its flags that changed
-        fail(f"the checkpoint does not fit this script or its flags: {str(error).splitlines()[0]}")
+        reason = " ".join(str(error).split())[:160]
+        fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its run folder did.")
 
 
 def read_args():
@@ -461,7 +462,7 @@ def read_args():
     if resume := parser.parse_known_args()[0].resume:
         path = find_checkpoint(resume).resolve()
         checkpoint = load_checkpoint(path)
-        run_dir = str(path.parents[1]) if path.parent.name == "checkpoints" else None
+        run_dir = os.path.relpath(path.parents[1]) if path.parent.name == "checkpoints" else None
         try:
             default = Args(**checkpoint["args"] | {"resume": str(path), "run_dir": run_dir})
         except TypeError:

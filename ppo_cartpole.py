@@ -14,7 +14,7 @@
 """PPO on vector observations: proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347).
 
     python ppo_cartpole.py
-    python ppo_cartpole.py --env-id Acrobot-v1 --norm-obs
+    python ppo_cartpole.py --env-id Acrobot-v1
     python evaluate.py runs/<run>
 
 Measured: CartPole-v1 500.0 ± 0.0 (10 seeds, 100 greedy episodes each, 80,000 steps, 20 to 31 s on two CPU cores).
@@ -133,10 +133,10 @@ def make_envs(args, num_envs, seed, training, render=False):
     On such a step obs is the first of the new episode; the last of the old one is in infos["final_obs"].
     `training` changes nothing: these environments are trained on and scored as they are.
     """
+    render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment knows the word
     try:
         envs = SyncVectorEnv(
-            [lambda: gym.make(args.env_id, render_mode="rgb_array" if render else None)] * num_envs,
-            autoreset_mode=AutoresetMode.SAME_STEP,
+            [lambda: gym.make(args.env_id, **render_mode)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP
         )
     except gym.error.DependencyNotInstalled as error:
         fail(f"--env-id {args.env_id} needs a package that is not installed: {error}", code=2)
@@ -144,7 +144,7 @@ def make_envs(args, num_envs, seed, training, render=False):
         fail(f"--env-id {args.env_id} cannot be imported: {error.msg}", code=2)
     except gym.error.Error:
         close = ", ".join(difflib.get_close_matches(args.env_id, gym.registry))
-        hint = f"Close: {close}." if close else "For Atari games use ppo_atari.py."
+        hint = f"Close: {close}." if close else "Your own: my_module:MyEnv-v0. Atari games: ppo_atari.py."
         fail(f"--env-id {args.env_id} is not registered. {hint}", code=2)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
@@ -386,7 +386,7 @@ def find_checkpoint(path):
     if path.is_dir():
         found = list_checkpoints(path)
         if not found:
-            fail(f"{path} holds no checkpoint (checkpoints/*.pt).")
+            fail(f"{path} holds no checkpoint (checkpoints/*.pt): name the folder of one run, or a .pt.")
         path = found[-1]
     if not path.is_file():
         fail(f"{path} does not exist.")
@@ -429,7 +429,8 @@ def restore(checkpoint, agent, optimizer):
         if torch.cuda.is_initialized() and checkpoint["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
     except Exception as error:  # the file is whole, so it is the script or its flags that changed
-        fail(f"the checkpoint does not fit this script or its flags: {str(error).splitlines()[0]}")
+        reason = " ".join(str(error).split())[:160]
+        fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its run folder did.")
 
 
 def read_args():
@@ -440,7 +441,7 @@ def read_args():
     if resume := parser.parse_known_args()[0].resume:
         path = find_checkpoint(resume).resolve()
         checkpoint = load_checkpoint(path)
-        run_dir = str(path.parents[1]) if path.parent.name == "checkpoints" else None
+        run_dir = os.path.relpath(path.parents[1]) if path.parent.name == "checkpoints" else None
         try:
             default = Args(**checkpoint["args"] | {"resume": str(path), "run_dir": run_dir})
         except TypeError:

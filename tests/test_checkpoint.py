@@ -143,7 +143,7 @@ def test_resume_goes_on_with_everything(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir), "--total-timesteps", str(longer)])
     resumed = module.read_args()
     assert resumed.num_envs == args.num_envs
-    assert module.train(resumed) == run_dir.resolve()
+    assert module.train(resumed).resolve() == run_dir.resolve()
 
     assert all(torch.equal(restored["model"][k], before["model"][k]) for k in before["model"])
     saved = before["optimizer"]["state"].values()

@@ -96,7 +96,7 @@ def test_json_holds_what_the_readme_says(run_dir, tmp_path):
     assert (result["global_step"], result["greedy"], result["seed"]) == (768, True, 1)
     assert result["truncated"] == 0
     assert result["human_normalized"] is None
-    assert f"return {np.mean(returns):.2f} ± {np.std(returns):.2f} over 5 episodes" in done.stdout
+    assert f"return {np.mean(returns):.2f} ± {np.std(returns):.2f} (std) over 5 episodes" in done.stdout
 
 
 def test_episodes_that_ran_into_the_time_limit_are_counted(tmp_path):

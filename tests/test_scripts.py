@@ -1,6 +1,7 @@
 """What holds for the scripts as files and as commands: what they share, what they say, how they refuse."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -125,6 +126,20 @@ def test_every_command_of_the_readme_runs(tmp_path):
         words = [str(runs[-1]) if word == "runs/<run>" else word for word in words]
         done = run(tmp_path / words[0], *shortened(words)[1:], cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def test_the_environment_of_the_readme_is_learned(tmp_path, monkeypatch):
+    """As a user would: the block saved beside the script, trained, scored. Steering well pays -5 or so, not -40."""
+    (block,) = re.findall(r"(?ms)^```python\n(# my_env\.py.*?)^```", (ROOT / "README.md").read_text())
+    (tmp_path / "my_env.py").write_text(block)
+    for file in ("ppo_cartpole.py", "evaluate.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    arguments = ["--env-id", "my_env:Target-v0", "--total-timesteps", 20_000, "--run-dir", "run"]
+    done = run(tmp_path / "ppo_cartpole.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run(tmp_path / "evaluate.py", "run", "--greedy", "--json", "score.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "score.json").read_text())["mean_return"] > -8
 
 
 def refuse(module, arguments, monkeypatch, capsys):
