@@ -393,13 +393,9 @@ def find_checkpoint(path):
     return path
 
 
-def check_finite(metrics, global_step, run_dir):
-    """End the run when a loss or gradient is NaN or infinite, before the network that it spoilt is saved."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            saved = list_checkpoints(run_dir)
-            hint = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
-            fail(f"{name} is {value} after {global_step:,} steps; {hint}. A smaller --learning-rate may help.")
+def not_finite(metrics):
+    """Which losses or gradients are NaN or infinite, in words: such a network is spoilt and must not be saved."""
+    return [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
 
 
 def load_checkpoint(path):
@@ -580,6 +576,7 @@ def train(args, signals=()):
     next_obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=device)  # (N, size)
     episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
     recent_returns = deque(maxlen=100)
+    broken = []
 
     while global_step < args.total_timesteps and not signals:
         optimizer.param_groups[0]["lr"] = annealed_lr(args, global_step)
@@ -628,7 +625,8 @@ def train(args, signals=()):
         # Learn
         batch = rollout.flatten(advantages, returns)
         metrics = ppo_update(agent, optimizer, batch, args)
-        check_finite(metrics, global_step, run_dir)
+        if broken := not_finite(metrics):
+            break
         agent.observe(batch[0])  # after the update: old and new policy must see the same inputs
 
         # Log
@@ -650,6 +648,9 @@ def train(args, signals=()):
     bar.close()
     envs.close()
     writer.close()
+    if broken:
+        newest = (list_checkpoints(run_dir) or ["none"])[-1]
+        fail(f"{broken[0]} after {global_step:,} steps; last good checkpoint: {newest}. Try a smaller --learning-rate.")
     if signals:
         save_checkpoint(run_dir, args, global_step, agent, optimizer)
         print(f"Stopped after {global_step:,} steps. Go on: python {Path(__file__).name} --resume {run_dir}")

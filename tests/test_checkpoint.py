@@ -221,7 +221,7 @@ def test_nan_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeypa
         module.train(module.Args(run_dir=str(tmp_path / "run"), total_timesteps=2560, save_freq=512))
     assert stop.value.code == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "value_loss is nan after 1,024 steps" in message
+    assert "value_loss is nan after 1,024 steps" in message  # and no progress bar after it
     assert "000000000512.pt" in message
     (checkpoint,) = module.list_checkpoints(tmp_path / "run")
     assert all(x.isfinite().all() for x in module.load_checkpoint(checkpoint)["model"].values())
