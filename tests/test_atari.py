@@ -72,6 +72,20 @@ def test_a_lost_life_is_flagged_and_the_game_goes_on():
     assert games > 8
 
 
+def test_the_end_of_a_game_is_not_taken_for_a_lost_life(monkeypatch):
+    """A game that is cut off with more lives than the next one starts with."""
+    real = ppo_atari.AtariVectorEnv
+    monkeypatch.setattr(ppo_atari, "AtariVectorEnv", lambda *a, **k: real(*a, **k | {"max_num_frames_per_episode": 60}))
+    envs = make_envs(Args(), 2, seed=1, training=True)
+    envs.reset()
+    ends = 0
+    for _, (_, _, _, truncated, infos) in play(envs, 30):
+        assert not infos["life_lost"][truncated].any()
+        ends += truncated.sum()
+        envs.lives = np.full(2, 9)  # as after extra lives
+    assert ends > 0
+
+
 def test_training_clips_rewards_and_keeps_the_score():
     for training in (True, False):
         envs = make_envs(Args(env_id="SpaceInvadersNoFrameskip-v4"), 4, seed=1, training=training)
