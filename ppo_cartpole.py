@@ -339,6 +339,11 @@ def ppo_update(agent, optimizer, batch, args):
     return dict(zip(steps[0], means.tolist(), strict=True))
 
 
+def not_finite(metrics):
+    """Which losses or gradients are NaN or infinite, in words: such a network is spoilt and must not be saved."""
+    return [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+
+
 # ---- Checkpoint ----
 
 
@@ -393,11 +398,6 @@ def find_checkpoint(path):
     return path
 
 
-def not_finite(metrics):
-    """Which losses or gradients are NaN or infinite, in words: such a network is spoilt and must not be saved."""
-    return [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
-
-
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Runs nothing that is in the file, whoever wrote it, and refuses damaged ones."""
     try:
@@ -431,7 +431,7 @@ def restore(checkpoint, agent, optimizer):
 
 def read_args():
     """Args from the command line. Beside --resume, what the command line leaves out is as the checkpoint has it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of one flag, which sets the others' defaults
     parser.add_argument("--resume", nargs="?")
     default = None
     if resume := parser.parse_known_args()[0].resume:
@@ -456,15 +456,20 @@ def read_args():
 
 def open_run(args):
     """Make the run folder, lock it, and record in it what runs: args.json, script.py. Returns its Path and the lock."""
-    run_dir = Path(args.run_dir or "runs")
-    if args.run_dir is None:
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-        taken = len(list(run_dir.glob(f"{name}*")))
-        run_dir /= f"{name}_{taken + 1}" if taken else name  # a sweep may start several runs in one second
-    held = list_checkpoints(run_dir)
-    if held and (args.resume is None or held[-1].resolve() != Path(args.resume)):
-        fail(f"{run_dir} already holds {held[-1].name}: go on with --resume {run_dir}, or name another --run-dir.")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.run_dir or f"runs/{name}")
     try:
+        number = 1
+        while args.run_dir is None:  # until the name is free: a sweep may start several runs in one second
+            try:
+                run_dir.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+                run_dir = Path(f"runs/{name}_{number}")
+        held = list_checkpoints(run_dir)
+        if held and (args.resume is None or held[-1].resolve() != Path(args.resume)):
+            fail(f"{run_dir} already holds {held[-1].name}: go on with --resume {run_dir}, or name another --run-dir.")
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = lock_folder(run_dir)
         (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
@@ -489,7 +494,7 @@ def lock_folder(run_dir):
 
 
 def note_signals():
-    """A list to which Ctrl-C and SIGTERM append their number, instead of ending the program; a second one ends it."""
+    """A list to which Ctrl-C and SIGTERM append their number; the same one a second time ends the program at once."""
     received = []
 
     def note(number, frame):

@@ -227,6 +227,35 @@ def test_nan_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeypa
     assert all(x.isfinite().all() for x in module.load_checkpoint(checkpoint)["model"].values())
 
 
+def test_a_rollout_that_a_signal_cuts_short_is_dropped(script, tmp_path, monkeypatch):
+    """What is saved is the last completed update, exactly as an uninterrupted run had it then."""
+    module, signals = SCRIPTS[script], []
+    settings = SHORT[script] | {"save_freq": 1}
+    whole = module.train(module.Args(run_dir=str(tmp_path / "whole"), **settings))
+    make_envs, steps = module.make_envs, []
+
+    def make_and_count(args, *rest, **more):
+        envs = make_envs(args, *rest, **more)
+        step = envs.step
+
+        def step_and_signal(actions):
+            steps.append(1)
+            if len(steps) == args.num_steps + args.num_steps // 2:  # half way through the second rollout
+                signals.append(signal.SIGTERM)
+            return step(actions)
+
+        envs.step = step_and_signal
+        return envs
+
+    monkeypatch.setattr(module, "make_envs", make_and_count)
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.Args(run_dir=str(tmp_path / "cut"), **settings), signals)
+    assert stop.value.code == 143
+    (path,) = module.list_checkpoints(tmp_path / "cut")
+    saved, expected = load_checkpoint(path), load_checkpoint(whole / "checkpoints" / path.name)
+    assert all(torch.equal(saved["model"][key], expected["model"][key]) for key in expected["model"])
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(number, code, script, tmp_path):
     """Ctrl-C, or what a cluster sends before it kills: what was learned so far is saved."""
@@ -355,8 +384,3 @@ def test_norm_obs_is_saved_and_reloaded_and_frozen(tmp_path):
     before = {k: v.clone() for k, v in agent.state_dict().items()}
     evaluate.score(module.find_checkpoint(run_dir), evaluate.Args(checkpoint=str(run_dir), episodes=2))
     assert all(torch.equal(before[k], v) for k, v in agent.state_dict().items())
-
-
-def test_flags_round_trip():
-    """The tests' own helper: a flag and its negation."""
-    assert flags({"num_envs": 2, "cuda": False, "norm_obs": True}) == ["--num-envs", "2", "--no-cuda", "--norm-obs"]
