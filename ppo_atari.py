@@ -27,7 +27,7 @@ Departs from baselines: (1) FIRE is pressed for the agent at the start of a game
 stacks start with zeros, not with copies of the first frame, and go on through a lost life; (3) a game starts with FIRE
 and 0 to 29 idle frames, not with 1 to 30; (4) the maximum of two frames is taken in gray, not in color; (5) a game cut
 off after 108,000 frames is not taken for a lost one, its last frame has a value. (1) to (4) are how ale-py's native
-environment works, which is 3 times as fast as Gymnasium's wrappers.
+environment works.
 """
 
 import argparse
