@@ -552,7 +552,7 @@ def check_memory(args):
     free = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
     if needed > free:
         gb = f"{needed / 1e9:.1f} GB of memory once it is full, of which {free / 1e9:.1f} GB are free"
-        fail(f"--buffer-size {args.buffer_size} needs {gb}: lower it.")
+        fail(f"--buffer-size {args.buffer_size} needs {gb}: lower it.", code=2)
 
 
 def train(args, signals=()):

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import dqn_atari
 import ppo_atari
 import ppo_cartpole
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"ppo_cartpole": ppo_cartpole, "ppo_atari": ppo_atari}
+SCRIPTS = {"ppo_cartpole": ppo_cartpole, "ppo_atari": ppo_atari, "dqn_atari": dqn_atari}
 SHORT = {  # two updates and a bit: the least that passes through everything
     "ppo_cartpole": {"total_timesteps": 600, "save_freq": 300},
     "ppo_atari": {
@@ -22,7 +23,22 @@ SHORT = {  # two updates and a bit: the least that passes through everything
         "num_minibatches": 2,
         "cuda": False,
     },
+    "dqn_atari": {
+        "total_timesteps": 80,
+        "save_freq": 40,
+        "num_envs": 2,
+        "buffer_size": 32,
+        "learning_starts": 16,
+        "target_network_frequency": 20,
+        "batch_size": 4,
+        "cuda": False,
+    },
 }
+
+
+def stride(args):
+    """Steps between two moments at which a run can be saved: a rollout of PPO, a step of all games in DQN."""
+    return args.num_envs * getattr(args, "num_steps", 1)
 
 
 def flags(args):
@@ -57,7 +73,8 @@ def script(request):
 
 @pytest.fixture(autouse=True)
 def leave_torch_as_it_was():
-    """Training in this process sets seeds and threads."""
+    """Training in this process sets seeds, threads and how tiny numbers are treated."""
     threads = torch.get_num_threads()
     yield
+    torch.set_flush_denormal(False)
     torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
 """Environments so small that the right value and the right action are known: the first thing to try on a learner.
 
-Each isolates one thing that a learner must get right. `PROBES` names them as ids of Gymnasium; `PixelProbe` is the same
-idea in Atari's clothes (frames, lives) for ppo_atari.py.
+Each isolates one thing that a learner must get right. `PROBES` names them as ids of Gymnasium; `InFrames` puts one of
+them in Atari's clothes (frames, lives), for ppo_atari.py and dqn_atari.py.
 """
 
 import gymnasium as gym
@@ -95,37 +95,68 @@ class TruncatedEndless(Probe):
         return -5.0 if self.t == 0 else 1.0
 
 
+class Endless(RewardFromActionAndObs):
+    """The same, and it never ends."""
+
+    length = 10**9
+
+
+class CutOff(RewardFromActionAndObs):
+    """The same, cut off after each step. What is seen last is neither -1 nor 1."""
+
+    truncates = True
+
+    def observe(self):
+        return 0.2 if self.t == self.length else super().observe()
+
+
 PROBES = {}
 for probe in (ConstantReward, RewardFromObs, DelayedReward, RewardFromAction, RewardFromActionAndObs, TruncatedEndless):
     PROBES[probe.__name__] = f"Probe{probe.__name__}-v0"
     gym.register(PROBES[probe.__name__], entry_point=probe)
 
 
-class PixelProbe(gym.vector.VectorEnv):
-    """Frames all black or all white. Reward 1 for action 1 on white and action 0 on black, else 0, for ever.
+class InFrames(gym.vector.VectorEnv):
+    """N probes seen as Atari games are: an observation from -1 to 1 is a frame from black to white, 4 of them a stack.
 
-    `ending`: "terminated" after each step, "truncated" after each, or "life_lost" at each, while the game goes on.
-    `final_frame`: gray of the last frame of a game, where it is not black or white as well.
+    infos["raw_rewards"] is ten times the reward; with `life_lost`, every step that ends no game costs a life.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
-    def __init__(self, num_envs, ending, final_frame=None):
-        self.num_envs, self.ending, self.final_frame = num_envs, ending, final_frame
-        self.random = np.random.default_rng(0)
+    def __init__(self, probe, num_envs, life_lost=False):
+        self.num_envs, self.life_lost = num_envs, life_lost
+        self.envs = [probe() for _ in range(num_envs)]
+        self.stacks = np.zeros((num_envs, 4, 84, 84), np.uint8)
         self.single_observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
         self.single_action_space = gym.spaces.Discrete(2)
 
-    def observe(self):
-        self.white = self.random.integers(0, 2, self.num_envs)
-        return np.broadcast_to(255 * self.white[:, None, None, None], (self.num_envs, 4, 84, 84)).astype(np.uint8)
+    def show(self, n, obs, first):
+        """Game n's stack with `obs` as its newest frame."""
+        self.stacks[n, :-1] = 0 if first else self.stacks[n, 1:]
+        self.stacks[n, -1] = round(127.5 * (obs.item() + 1))
 
     def reset(self, *, seed=None, options=None):
-        return self.observe(), {}
+        for n, env in enumerate(self.envs):
+            self.show(n, env.reset(seed=n)[0], first=True)
+        return self.stacks.copy(), {}
 
     def step(self, actions):
-        rewards = (actions == self.white).astype(np.int32)
-        flags = {name: np.full(self.num_envs, name == self.ending) for name in ("terminated", "truncated", "life_lost")}
-        final_obs = self.observe() if self.final_frame is None else np.full_like(self.observe(), self.final_frame)
-        infos = {"raw_rewards": 10 * rewards, "life_lost": flags["life_lost"], "final_obs": final_obs}
-        return self.observe(), rewards, flags["terminated"], flags["truncated"], infos
+        rewards, terminated, truncated = np.zeros(self.num_envs), *np.zeros((2, self.num_envs), bool)
+        final_obs = np.zeros_like(self.stacks)
+        for n, env in enumerate(self.envs):
+            obs, rewards[n], terminated[n], truncated[n], _ = env.step(actions[n])
+            self.show(n, obs, first=False)
+            if terminated[n] or truncated[n]:
+                final_obs[n] = self.stacks[n]
+                self.show(n, env.reset()[0], first=True)
+        lost = self.life_lost & ~(terminated | truncated)
+        infos = {"raw_rewards": 10 * rewards, "life_lost": lost, "final_obs": final_obs}
+        return self.stacks.copy(), rewards, terminated, truncated, infos
+
+
+def stack(*observations):
+    """What is seen after these observations of one game, as InFrames shows it: (1, 4, 84, 84) uint8."""
+    gray = np.zeros(4)
+    gray[4 - len(observations) :] = 127.5 * (np.array(observations) + 1)
+    return np.broadcast_to(gray.round().astype(np.uint8)[:, None, None], (4, 84, 84))[None].copy()

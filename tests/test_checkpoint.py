@@ -12,8 +12,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SHORT, flags, reload, run
-from probes import PROBES, PixelProbe
+from conftest import ROOT, SCRIPTS, SHORT, flags, reload, run, stride
+from probes import PROBES, Endless, InFrames, RewardFromActionAndObs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
@@ -60,12 +60,12 @@ def test_a_run_folder_holds_what_the_design_says(trained):
     module, run_dir, args = trained
     assert json.loads((run_dir / "args.json").read_text())["env_id"] == args.env_id
     assert (run_dir / "script.py").read_text() == open(module.__file__).read()
-    batch = args.num_envs * args.num_steps
     steps = [int(path.stem) for path in sorted((run_dir / "checkpoints").iterdir())]
-    rollouts = range(batch, args.total_timesteps + batch, batch)  # the last one is played to its end
-    marks = [*range(args.save_freq, rollouts[-1], args.save_freq), rollouts[-1]]
-    saved = {next(step for step in rollouts if step >= mark) for mark in marks}
-    assert len(saved) < len(rollouts)
+    end = -(-args.total_timesteps // stride(args)) * stride(args)  # the last rollout is played to its end
+    moments = range(stride(args), end + 1, stride(args))
+    marks = [*range(args.save_freq, end, args.save_freq), end]
+    saved = {next(step for step in moments if step >= mark) for mark in marks}
+    assert len(saved) < len(moments)
     assert steps == sorted(saved)
     checkpoint = module.load_checkpoint(module.find_checkpoint(run_dir))
     assert {"format", "script", "args", "global_step", "model", "optimizer", "rng", "versions"} <= checkpoint.keys()
@@ -73,10 +73,15 @@ def test_a_run_folder_holds_what_the_design_says(trained):
 
 
 def test_the_logs_have_the_tags_people_plot(trained):
-    _, run_dir, _ = trained
+    module, run_dir, _ = trained
     tags = EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]
-    losses = "value_loss policy_loss entropy old_approx_kl approx_kl clipfrac explained_variance grad_norm"
-    assert {f"losses/{name}" for name in losses.split()} | {"charts/learning_rate", "charts/SPS"} <= set(tags)
+    names = "charts/learning_rate charts/SPS losses/grad_norm "
+    if module.__name__ == "dqn_atari":
+        names += "losses/td_loss losses/q_values charts/epsilon"
+    else:
+        names += "losses/value_loss losses/policy_loss losses/entropy losses/old_approx_kl losses/approx_kl "
+        names += "losses/clipfrac losses/explained_variance"
+    assert set(names.split()) <= set(tags)
 
 
 def test_episodes_that_end_together_all_show(tmp_path):
@@ -88,16 +93,18 @@ def test_episodes_that_end_together_all_show(tmp_path):
     assert curve(run_dir, "charts/episodic_length") == [(step, 1.0) for step in range(1, 513)]
 
 
-@pytest.mark.parametrize("ending", ["terminated", "life_lost"])
-def test_the_logged_score_is_the_raw_one_of_whole_games(ending, tmp_path, monkeypatch):
-    """PixelProbe pays 10 points where the reward is 1; a lost life is no end of a game."""
-    module = SCRIPTS["ppo_atari"]
-    monkeypatch.setattr(module, "make_envs", lambda args, n, seed, training: PixelProbe(n, ending))
-    run_dir = module.train(module.Args(run_dir=str(tmp_path / "run"), **SHORT["ppo_atari"]))
-    if ending == "terminated":
+@pytest.mark.parametrize("probe", [RewardFromActionAndObs, Endless])
+@pytest.mark.parametrize("name", ["ppo_atari", "dqn_atari"])
+def test_the_logged_score_is_the_raw_one_of_whole_games(name, probe, tmp_path, monkeypatch):
+    """InFrames pays 10 points where the reward is 1; a lost life is no end of a game."""
+    module = SCRIPTS[name]
+    monkeypatch.setattr(module, "make_envs", lambda args, n, seed, training: InFrames(probe, n, life_lost=True))
+    run_dir = module.train(module.Args(run_dir=str(tmp_path / "run"), **SHORT[name]))
+    if probe is RewardFromActionAndObs:
         games = curve(run_dir, "charts/episodic_return")
-        assert [step for step, _ in games] == list(range(1, 97))
-        assert {score for _, score in games} == {0.0, 10.0}
+        last = module.load_checkpoint(module.find_checkpoint(run_dir))["global_step"]
+        assert [step for step, _ in games] == list(range(1, last + 1))
+        assert {score for _, score in games} == {-10.0, 10.0}
     else:
         assert "charts/episodic_return" not in EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]
 
@@ -130,30 +137,32 @@ def test_resume_goes_on_with_everything(trained, tmp_path, monkeypatch, capsys):
     before = module.load_checkpoint(module.find_checkpoint(run_dir))
     restored = {}
 
-    def watch(agent, optimizer, batch, args, update=module.ppo_update):
+    def watch(optimizer, zero_grad=torch.optim.Adam.zero_grad):
+        """What the first gradient step starts from."""
         if not restored:
-            restored.update(
-                model={k: v.clone() for k, v in agent.state_dict().items()}, lr=optimizer.param_groups[0]["lr"]
-            )
+            (group,) = optimizer.param_groups
+            restored.update(lr=group["lr"], parameters=[p.detach().clone() for p in group["params"]])
             restored["moments"] = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
-        return update(agent, optimizer, batch, args)
+        return zero_grad(optimizer)
 
-    monkeypatch.setattr(module, "ppo_update", watch)
+    monkeypatch.setattr(torch.optim.Adam, "zero_grad", watch)
     longer = 2 * args.total_timesteps
     monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir), "--total-timesteps", str(longer)])
     resumed = module.read_args()
     assert resumed.num_envs == args.num_envs
     assert module.train(resumed).resolve() == run_dir.resolve()
 
-    assert all(torch.equal(restored["model"][k], before["model"][k]) for k in before["model"])
+    for ours, theirs in zip(restored["parameters"], before["model"].values(), strict=True):
+        assert torch.equal(ours, theirs)
     saved = before["optimizer"]["state"].values()
     for ours, theirs in zip(restored["moments"], saved, strict=True):
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    assert restored["lr"] == pytest.approx(args.learning_rate * (1 - before["global_step"] / longer))
-    assert f"learning rate {restored['lr']:.3g} (last" in capsys.readouterr().out
+    fraction_left = 1 - before["global_step"] / longer if getattr(args, "anneal_lr", False) else 1
+    assert restored["lr"] == pytest.approx(args.learning_rate * fraction_left)
+    assert f"learning rate {restored['lr']:.3g}" in capsys.readouterr().out
     after = module.load_checkpoint(module.find_checkpoint(run_dir))
     assert after["global_step"] >= longer
-    steps = [step for step, _ in curve(run_dir, "losses/entropy")]
+    steps = [step for step, _ in curve(run_dir, "charts/SPS")]
     assert steps == sorted(set(steps))  # nothing doubled
 
     monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir)])
@@ -227,8 +236,8 @@ def test_nan_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeypa
     assert all(x.isfinite().all() for x in module.load_checkpoint(checkpoint)["model"].values())
 
 
-def test_a_rollout_that_a_signal_cuts_short_is_dropped(script, tmp_path, monkeypatch):
-    """What is saved is the last completed update, exactly as an uninterrupted run had it then."""
+def test_what_a_signal_saves_is_what_an_uninterrupted_run_had_then(script, tmp_path, monkeypatch):
+    """The last completed update: in PPO, a rollout that is cut short is dropped."""
     module, signals = SCRIPTS[script], []
     settings = SHORT[script] | {"save_freq": 1}
     whole = module.train(module.Args(run_dir=str(tmp_path / "whole"), **settings))
@@ -240,7 +249,7 @@ def test_a_rollout_that_a_signal_cuts_short_is_dropped(script, tmp_path, monkeyp
 
         def step_and_signal(actions):
             steps.append(1)
-            if len(steps) == args.num_steps + args.num_steps // 2:  # half way through the second rollout
+            if len(steps) == 1.5 * getattr(args, "num_steps", 20):  # half way through the second rollout
                 signals.append(signal.SIGTERM)
             return step(actions)
 
@@ -273,9 +282,9 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, script, tmp_path):
     step = SCRIPTS[script].load_checkpoint(checkpoint)["global_step"]
     assert step > 0
     assert stdout.splitlines()[-1] == f"Stopped after {step:,} steps. Go on: python {script}.py --resume run"
-    batch = 256 if script == "ppo_cartpole" else 32
-    assert step % batch == 0
-    done = run(f"{script}.py", "--resume", "run", "--total-timesteps", step + batch, cwd=tmp_path)
+    updates = stride(SCRIPTS[script].Args(**SHORT[script]))
+    assert step % updates == 0
+    done = run(f"{script}.py", "--resume", "run", "--total-timesteps", step + updates, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,273 @@
+"""dqn_atari.py: its replay buffer against one that stores every stack whole, its targets, schedules and counts."""
+
+import copy
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, reload
+from probes import DelayedReward, InFrames, RewardFromActionAndObs, TruncatedEndless
+
+import dqn_atari
+import evaluate
+from dqn_atari import Args, ReplayBuffer, annealed_epsilon, dqn_update, epsilon_greedy, td_target, update_target
+
+STACK = 4
+
+
+class Games:
+    """N games of random length whose frames are numbered, so that no two are alike; they end in every way there is."""
+
+    def __init__(self, num_envs, random, ends):
+        self.num_envs, self.random, self.ends, self.number = num_envs, random, ends, 0
+        self.obs = np.stack([self.start() for _ in range(num_envs)])
+
+    def frame(self):
+        self.number += 1
+        return np.frombuffer(np.uint32(self.number).tobytes(), np.uint8).reshape(2, 2)
+
+    def start(self):
+        return np.concatenate([np.zeros((STACK - 1, 2, 2), np.uint8), self.frame()[None]])
+
+    def step(self):
+        """What ReplayBuffer.add takes, and the N transitions as whole stacks."""
+        N = self.num_envs
+        actions, rewards = self.random.integers(0, 6, N), self.random.integers(-1, 2, N)
+        kinds = self.random.choice(
+            ["on", "terminated", "truncated", "life_lost"], N, p=[1 - sum(self.ends), *self.ends]
+        )
+        seen_next = np.stack([np.concatenate([obs[1:], self.frame()[None]]) for obs in self.obs])
+        terminated, ended = np.isin(kinds, ["terminated", "life_lost"]), np.isin(kinds, ["terminated", "truncated"])
+        transitions = [
+            (self.obs[n].tobytes(), seen_next[n].tobytes(), actions[n], rewards[n], terminated[n]) for n in range(N)
+        ]
+        cut_off = {n: seen_next[n] for n in np.flatnonzero(kinds == "truncated")}
+        self.obs = np.stack([self.start() if ended[n] else seen_next[n] for n in range(N)])
+        return (actions, rewards, terminated, ended, cut_off, self.obs), transitions
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_buffer_samples_what_one_of_whole_stacks_holds(seed):
+    """Every transition among the last `capacity`, and no other; stacks and next stacks as the agent saw them."""
+    random = np.random.default_rng(seed)
+    num_envs, rows = random.integers(1, 5), random.integers(1, 40)
+    capacity = int(rows * num_envs + random.integers(0, num_envs))  # what is no multiple is rounded down
+    games = Games(num_envs, random, random.dirichlet([1, 1, 1]) * random.choice([0.02, 0.2, 0.9]))
+    buffer, stored = ReplayBuffer(capacity, games.obs), []
+    for step in range(1, 250):
+        added, transitions = games.step()
+        buffer.add(*added)
+        stored = (stored + transitions)[-rows * num_envs :]
+        if step in (1, 2, 3, 4, 5, 20, 39, 40, 41, 42, 43, 44, 45, 130, 249):
+            expected = {row[0]: row[1:] for row in stored}  # a stack is seen once: frames are numbered
+            frames, actions, rewards, terminated = (x.numpy() for x in buffer.sample(40 * len(stored)))
+            sampled = set()
+            for stack, action, reward, end in zip(frames, actions, rewards, terminated, strict=True):
+                next_stack, *rest = expected[stack[:-1].tobytes()]
+                assert rest == [action, reward, end]
+                assert end or next_stack == stack[1:].tobytes()  # nobody looks at what follows an end
+                sampled.add(stack[:-1].tobytes())
+            assert sampled == expected.keys()  # a miss has a chance below 1e-14
+
+
+def test_the_buffer_samples_uniformly():
+    random = np.random.default_rng(0)
+    games = Games(3, random, (0.1, 0.1, 0.1))
+    torch.manual_seed(0)
+    buffer = ReplayBuffer(30, games.obs)
+    for _ in range(25):
+        buffer.add(*games.step()[0])
+    newest = buffer.sample(60_000)[0][:, 3].flatten(1).numpy()
+    counts = np.unique(newest, axis=0, return_counts=True)[1]
+    assert len(counts) == 30
+    assert np.abs(counts / 2000 - 1).max() < 0.1  # 4.5 standard deviations
+
+
+def test_the_buffer_takes_no_memory_before_it_is_used():
+    obs = np.zeros((8, 4, 84, 84), np.uint8)
+    before = resident()
+    buffer = ReplayBuffer(1_000_000, obs)
+    assert buffer.frames.nbytes == pytest.approx(7.06e9, rel=1e-3)
+    assert resident() - before < 0.1e9
+
+
+def resident():
+    """Bytes of memory that this process holds."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+class Table(torch.nn.Module):
+    """Q-values looked up by the gray of the newest frame."""
+
+    def __init__(self, q_values):
+        super().__init__()
+        self.q_values = torch.nn.Parameter(torch.tensor(q_values))
+
+    def forward(self, obs):
+        return self.q_values[obs[:, -1, 0, 0].long()]
+
+
+def frames(*grays):
+    """(M, 5, 84, 84): all frames but the last two are gray 0."""
+    out = torch.zeros((len(grays), 5, 84, 84), dtype=torch.uint8)
+    out[:, -2:] = torch.tensor(grays, dtype=torch.uint8)[:, :, None, None]
+    return out
+
+
+def test_td_target_by_hand():
+    target = Table([[0.0, 3.0], [5.0, -1.0], [-2.0, -4.0]])
+    seen_next = frames((0, 0), (0, 1), (0, 2), (0, 1))[:, 1:]
+    terminated = torch.tensor([False, False, False, True])
+    targets = td_target(target, torch.tensor([1.0, 0.0, -1.0, 0.5]), seen_next, terminated, 0.9)
+    assert targets.tolist() == pytest.approx([1 + 0.9 * 3, 0.9 * 5, -1 - 0.9 * 2, 0.5])
+    assert not targets.requires_grad
+
+
+def test_a_gradient_step_by_hand():
+    """Each value moves by 2 / M of its error, toward a target that stands still."""
+    agent, target = Table([[0.0, 1.0], [2.0, 3.0]]), Table([[10.0, 20.0], [30.0, 40.0]])
+    batch = frames((0, 1), (1, 0)), torch.tensor([1, 0]), torch.tensor([1.0, -1.0]), torch.tensor([False, True])
+    loss, q_mean = dqn_update(agent, target, torch.optim.SGD(agent.parameters(), lr=0.1), batch, gamma=0.5).tolist()
+    errors = (1 + 0.5 * 40) - 1, -1 - 2  # of Q(0, 1) and of Q(1, 0)
+    assert loss == pytest.approx((errors[0] ** 2 + errors[1] ** 2) / 2)
+    assert q_mean == pytest.approx(1.5)
+    assert agent.q_values.detach().flatten().tolist() == pytest.approx([0, 1 + 0.1 * errors[0], 2 + 0.1 * errors[1], 3])
+    assert target.q_values.detach().flatten().tolist() == [10, 20, 30, 40]
+
+
+def test_target_network_moves_by_tau():
+    agent, target = Table([[0.0, 1.0]]), Table([[10.0, 20.0]])
+    update_target(target, agent, 0.25)
+    assert target.q_values.tolist() == [[7.5, 15.25]]
+    update_target(target, agent, 1.0)
+    assert torch.equal(target.q_values, agent.q_values)
+
+
+def test_epsilon_reaches_its_ends():
+    args = Args(total_timesteps=1000, learning_starts=0, exploration_fraction=0.2, start_e=1.0, end_e=0.1)
+    assert [annealed_epsilon(args, step) for step in (0, 100, 200, 1000)] == pytest.approx([1, 0.55, 0.1, 0.1])
+    args.exploration_fraction = 0
+    assert [annealed_epsilon(args, step) for step in (0, 1)] == pytest.approx([1, 0.1])
+
+
+def test_epsilon_is_the_chance_of_a_random_action():
+    torch.manual_seed(0)
+    q_values = torch.tensor([0.0, 3.0, 1.0]).expand(60_000, 3)
+    frequencies = epsilon_greedy(q_values, 0.3).bincount(minlength=3) / len(q_values)
+    assert torch.allclose(frequencies, torch.tensor([0.1, 0.8, 0.1]), atol=0.01)
+    assert (epsilon_greedy(q_values, 0.0) == 1).all()
+
+
+def train(tmp_path, monkeypatch, probe=RewardFromActionAndObs, **settings):
+    """A run on a probe; its folder and its environments."""
+    made = []
+    monkeypatch.setattr(
+        dqn_atari, "make_envs", lambda args, n, seed, training: made.append(InFrames(probe, n)) or made[-1]
+    )
+    args = Args(**SHORT["dqn_atari"] | {"run_dir": str(tmp_path / "run")} | settings)
+    return dqn_atari.train(args), made[0]
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize(("learning_starts", "train_frequency"), [(0, 4), (40, 1), (41, 7)])
+def test_gradient_steps_and_targets_come_when_a_single_game_would_bring_them(
+    num_envs, learning_starts, train_frequency, tmp_path, monkeypatch
+):
+    """And the transition that was made at that step can be sampled then."""
+    updates, copies, epsilons = [], [], []
+    monkeypatch.setattr(dqn_atari, "dqn_update", lambda *a: updates.append(len(copies)) or torch.zeros(2))
+    monkeypatch.setattr(dqn_atari, "update_target", lambda *a: copies.append(len(updates)))
+    monkeypatch.setattr(dqn_atari.nn.utils, "get_total_norm", lambda grads: torch.zeros(()))
+    monkeypatch.setattr(
+        dqn_atari, "annealed_epsilon", lambda args, step: epsilons.append(step) or annealed_epsilon(args, step)
+    )
+    settings = dict(learning_starts=learning_starts, train_frequency=train_frequency, target_network_frequency=20)
+    run_dir, _ = train(tmp_path, monkeypatch, num_envs=num_envs, buffer_size=128, total_timesteps=192, **settings)
+    due = [step for step in range(1, 193) if step > learning_starts and step % train_frequency == 0]
+    assert len(updates) == len(due)
+    copies_due = [step for step in range(1, 193) if step > learning_starts and step % 20 == 0]
+    assert copies == [sum(update <= step for update in due) for step in copies_due]  # each after its own updates
+    assert epsilons[1:] == list(range(0, 192, num_envs))  # the first is what the first line says
+    assert reload_step(run_dir) == 192
+
+
+def reload_step(run_dir):
+    return dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))["global_step"]
+
+
+@pytest.mark.parametrize("probe", [TruncatedEndless, DelayedReward])
+def test_what_is_learned_from_is_what_was_played(probe, tmp_path, monkeypatch):
+    """Every transition of every batch: the stack that was seen, what was done, what came, the stack that followed."""
+    played, batches = defaultdict(set), []
+    step = InFrames.step
+
+    def record(envs, actions):
+        before = envs.stacks.copy()
+        obs, rewards, terminated, truncated, infos = step(envs, actions)
+        for n in range(envs.num_envs):
+            after = infos["final_obs"][n] if truncated[n] else obs[n]
+            key = before[n].tobytes(), int(actions[n]), float(rewards[n]), bool(terminated[n])
+            played[key].add(None if terminated[n] else after.tobytes())
+        return obs, rewards, terminated, truncated, infos
+
+    monkeypatch.setattr(InFrames, "step", record)
+    monkeypatch.setattr(dqn_atari, "dqn_update", lambda *a: batches.append(a[3]) or dqn_update(*a))
+    train(tmp_path, monkeypatch, probe, num_envs=3, total_timesteps=300, batch_size=8)
+    ends = 0
+    for batch in batches:
+        for stacks, action, reward, end in zip(*(x.numpy() for x in batch), strict=True):
+            following = played[stacks[:-1].tobytes(), int(action), float(reward), bool(end)]
+            assert (None if end else stacks[1:].tobytes()) in following
+            ends += end
+    assert len(batches) == 71
+    assert (ends > 0) == (probe is DelayedReward)
+
+
+def test_resume_restores_the_target_network_and_refills_the_buffer(tmp_path, monkeypatch, capsys):
+    run_dir, _ = train(tmp_path, monkeypatch, target_network_frequency=48, total_timesteps=80)
+    before = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))
+    assert not all(torch.equal(before["model"][key], before["target_model"][key]) for key in before["model"])
+    seen = []
+
+    def watch(agent, target_agent, optimizer, batch, gamma):
+        seen.append(copy.deepcopy(target_agent.state_dict()))
+        return dqn_update(agent, target_agent, optimizer, batch, gamma)
+
+    monkeypatch.setattr(dqn_atari, "dqn_update", watch)
+    monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir), "--total-timesteps", "120"])
+    dqn_atari.train(dqn_atari.read_args())
+    assert all(torch.equal(seen[0][key], before["target_model"][key]) for key in before["target_model"])
+    assert len(seen) == (120 - 80 - SHORT["dqn_atari"]["learning_starts"]) // 4
+    assert "learning from 96 on" in capsys.readouterr().out
+
+
+def test_evaluation_explores_as_much_as_the_checkpoint_says(tmp_path):
+    run_dir = dqn_atari.train(Args(run_dir=str(tmp_path / "run"), end_e=0.3, **SHORT["dqn_atari"]))
+    _, envs, agent = evaluate.rebuild(evaluate.find_checkpoint(run_dir), evaluate.Args(str(run_dir)), 2)
+    obs = torch.as_tensor(envs.reset()[0][:1]).expand(2000, 4, 84, 84)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        best = agent.act(obs, greedy=True)
+        assert (best == best[0]).all()
+        assert (agent.act(obs, greedy=False) != best).float().mean().item() == pytest.approx(0.3 * 3 / 4, abs=0.04)
+
+
+def test_nan_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, capsys):
+    """Also where it comes between two logs."""
+
+    def spoil(agent, target_agent, optimizer, batch, gamma):
+        if len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1:
+            next(agent.parameters()).data[0] = float("nan")
+        return dqn_update(agent, target_agent, optimizer, batch, gamma)
+
+    monkeypatch.setattr(dqn_atari, "dqn_update", spoil)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, monkeypatch, total_timesteps=200)
+    assert stop.value.code == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "td_loss is nan after 80 steps" in message
+    assert "000000000040.pt" in message
+    checkpoint, _ = reload(dqn_atari, tmp_path / "run")
+    assert all(x.isfinite().all() for x in checkpoint["model"].values())
