@@ -230,7 +230,7 @@ class Agent(nn.Module):
 
     def forward(self, obs):
         """obs (N, 4, 84, 84) uint8 -> Q-values (N, A)"""
-        return self.network(obs.contiguous(memory_format=torch.channels_last).float() / 255)
+        return self.network(obs.contiguous(memory_format=torch.channels_last).float().div_(255))
 
     def act(self, obs, greedy):
         """obs (N, 4, 84, 84) uint8 -> actions (N,) int64: the best ones, or exploring as at the end of training."""
@@ -297,6 +297,19 @@ class ReplayBuffer:
             if game in self.last_frames[row]:
                 frames[i, -1] = self.last_frames[row][game]
         return [torch.from_numpy(x) for x in (frames, self.actions[t, n], self.rewards[t, n], self.terminated[t, n])]
+
+
+def check_memory(args):
+    """Refuse a replay buffer that would not fit once it is full. Where the system does not say what is free, go on."""
+    needed = args.buffer_size * 84 * 84
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return  # not on Linux
+    free = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
+    if needed > free:
+        gb = f"{needed / 1e9:.1f} GB of memory once it is full, of which {free / 1e9:.1f} GB are free"
+        fail(f"--buffer-size {args.buffer_size} needs {gb}: lower it.", code=2)
 
 
 # ---- Learning ----
@@ -542,19 +555,6 @@ def progress_bar(total, initial):
     )
 
 
-def check_memory(args):
-    """Refuse a replay buffer that would not fit once it is full. Where the system does not say what is free, go on."""
-    needed = args.buffer_size * 84 * 84
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-    except OSError:
-        return  # not on Linux
-    free = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
-    if needed > free:
-        gb = f"{needed / 1e9:.1f} GB of memory once it is full, of which {free / 1e9:.1f} GB are free"
-        fail(f"--buffer-size {args.buffer_size} needs {gb}: lower it.", code=2)
-
-
 def train(args, signals=()):
     """Train as `args` say, until the end or until there is something in `signals`. Returns the run folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -648,8 +648,9 @@ def train(args, signals=()):
         # Save
         if finished or global_step >= next_save:
             writer.flush()
-            state = {"target_model": target_agent.state_dict()}
-            saved = save_checkpoint(run_dir, args, global_step, agent, optimizer, **state)
+            saved = save_checkpoint(
+                run_dir, args, global_step, agent, optimizer, target_model=target_agent.state_dict()
+            )
             next_save = (global_step // args.save_freq + 1) * args.save_freq
 
     bar.close()

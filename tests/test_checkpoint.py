@@ -241,6 +241,7 @@ def test_what_a_signal_saves_is_what_an_uninterrupted_run_had_then(script, tmp_p
     module, signals = SCRIPTS[script], []
     settings = SHORT[script] | {"save_freq": 1}
     whole = module.train(module.Args(run_dir=str(tmp_path / "whole"), **settings))
+    settings["save_freq"] = 1000
     make_envs, steps = module.make_envs, []
 
     def make_and_count(args, *rest, **more):
@@ -268,8 +269,10 @@ def test_what_a_signal_saves_is_what_an_uninterrupted_run_had_then(script, tmp_p
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(number, code, script, tmp_path):
     """Ctrl-C, or what a cluster sends before it kills: what was learned so far is saved."""
-    arguments = flags(SHORT[script] | {"total_timesteps": 1_000_000, "save_freq": 1_000_000, "run_dir": "run"})
-    command = [sys.executable, ROOT / f"{script}.py", *arguments]
+    settings = SHORT[script] | {"total_timesteps": 1_000_000, "save_freq": 1_000_000, "run_dir": "run"}
+    if script == "dqn_atari":
+        settings["train_frequency"] = 100  # soon at the first log
+    command = [sys.executable, ROOT / f"{script}.py", *flags(settings)]
     process = subprocess.Popen(command, cwd=tmp_path, text=True, **PIPES)
     while not (events := list(tmp_path.glob("run/events.*"))) or events[0].stat().st_size < 5000:
         assert process.poll() is None, process.stderr.read()
