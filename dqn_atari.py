@@ -83,7 +83,7 @@ class Args:
     wandb_project_name: str = "single-file-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team; None: your own account
 
-    num_envs: int = 8  # games played side by side; more are faster, and the network they act with is older
+    num_envs: int = 8  # games played side by side; there are no more gradient steps per step than with one
     buffer_size: int = 1_000_000  # steps to learn from, 7 kB each; more are more diverse, and older
     learning_starts: int = 80_000  # steps before the first gradient step; until then the buffer fills
     train_frequency: int = 4  # steps per gradient step; fewer learn more from each step, and cost more time
@@ -111,10 +111,8 @@ class Args:
         if self.buffer_size < self.num_envs:
             fail(f"--buffer-size {self.buffer_size} is less than one step of --num-envs = {self.num_envs} games.", 2)
         if self.total_timesteps <= self.learning_starts:
-            late = (
-                f"--learning-starts {self.learning_starts} leaves no step of --total-timesteps {self.total_timesteps}"
-            )
-            fail(f"{late} to learn in: lower it, or train longer.", code=2)
+            steps = f"--total-timesteps {self.total_timesteps}"
+            fail(f"--learning-starts {self.learning_starts} must be less than {steps}: nothing would be learned.", 2)
 
 
 # ---- Environment ----
@@ -208,24 +206,31 @@ def make_envs(args, num_envs, seed, training, render=False):
 # ---- Network ----
 
 
+def layer_init(layer, std=2**0.5):
+    """Orthogonal weights scaled by `std`, zero bias: as in openai/baselines, which the published scores used."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class Agent(nn.Module):
     """The Nature CNN (Mnih et al. 2015, Methods): one Q-value for each action."""
 
     def __init__(self, envs, args):
         super().__init__()
         self.network = nn.Sequential(  # (N, 4, 84, 84)
-            nn.Conv2d(4, 32, kernel_size=8, stride=4),  # (N, 32, 20, 20)
+            layer_init(nn.Conv2d(4, 32, kernel_size=8, stride=4)),  # (N, 32, 20, 20)
             nn.ReLU(),
-            nn.Conv2d(32, 64, kernel_size=4, stride=2),  # (N, 64, 9, 9)
+            layer_init(nn.Conv2d(32, 64, kernel_size=4, stride=2)),  # (N, 64, 9, 9)
             nn.ReLU(),
-            nn.Conv2d(64, 64, kernel_size=3, stride=1),  # (N, 64, 7, 7)
+            layer_init(nn.Conv2d(64, 64, kernel_size=3, stride=1)),  # (N, 64, 7, 7)
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(64 * 7 * 7, 512),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
             nn.ReLU(),
-            nn.Linear(512, envs.single_action_space.n),
+            layer_init(nn.Linear(512, envs.single_action_space.n), std=0.01),  # all Q-values near 0
         )
-        self.network.to(memory_format=torch.channels_last)
+        self.network.to(memory_format=torch.channels_last)  # after layer_init, which needs the usual format
         self.end_e = args.end_e
 
     def forward(self, obs):
