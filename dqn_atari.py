@@ -23,10 +23,11 @@ Hyperparameters are those of CleanRL's published scores. They depart from the pa
 the squared error, not clipped; learning from step 80,000 on, not 50,000; a target network copied every 1,000 steps, not
 every 10,000 gradient steps; exploration that falls to 0.01 within a tenth of the run, not to 0.1 in a million steps.
 
-Departs from both: (1) several games are played side by side; gradient steps, target updates and exploration go by the
-steps of all games together, as with one game; (2) a game cut off after 108,000 frames is not taken for a lost one, its
-last frame has a value; (3) FIRE is pressed for the agent at the start of a game, but not after a lost life; (4) frame
-stacks start with zeros, not with copies of the first frame. (3) and (4) are how ale-py's native environment works.
+Departs from both: (1) orthogonal initialization: with PyTorch's own, the first sign of learning takes several times as
+many gradient steps; (2) several games are played side by side; gradient steps, target updates and exploration go by the
+steps of all games together, as with one game; (3) a game cut off after 108,000 frames is not taken for a lost one, its
+last frame has a value; (4) FIRE is pressed for the agent at the start of a game, but not after a lost life; (5) frame
+stacks start with zeros, not with copies of the first frame. (4) and (5) are how ale-py's native environment works.
 """
 
 import argparse
@@ -207,7 +208,7 @@ def make_envs(args, num_envs, seed, training, render=False):
 
 
 def layer_init(layer, std=2**0.5):
-    """Orthogonal weights scaled by `std`, zero bias: as in openai/baselines, which the published scores used."""
+    """Orthogonal weights scaled by `std`, zero bias (Saxe et al. 2014): signals keep their size from layer to layer."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer

@@ -186,7 +186,7 @@ class RunningNorm(nn.Module):
 
 
 def layer_init(layer, std=2**0.5):
-    """Orthogonal weights scaled by `std`, zero bias: as in openai/baselines, which the published scores used."""
+    """Orthogonal weights scaled by `std`, zero bias (Saxe et al. 2014): signals keep their size from layer to layer."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer

@@ -1,0 +1,94 @@
+"""Where the time of dqn_atari.py goes, and what its replay buffer costs.
+
+python benchmarks/dqn_parts.py time --num-envs 8   # milliseconds per gradient step of a short run, by part
+python benchmarks/dqn_parts.py memory              # fills the default buffer: memory, and time to sample on the way
+"""
+
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dqn_atari
+
+
+def time_parts(env_id: str = "PongNoFrameskip-v4", num_envs: int = 8, steps: int = 4000, cuda: bool = False):
+    """Train for `steps` steps after learning has started."""
+    seconds, open_parts = {}, []
+
+    def timed(part, owner, name):
+        function = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            if open_parts:  # part of a part
+                return function(*args, **kwargs)
+            open_parts.append(part)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            if cuda:
+                torch.cuda.synchronize()
+            if started:
+                seconds[part] = seconds.get(part, 0) + time.perf_counter() - start
+            open_parts.pop()
+            return result
+
+        setattr(owner, name, call)
+
+    started = []  # when gradient step 250 came, after which things have warmed up
+
+    def update(*args, **kwargs):
+        update.count += 1
+        if update.count == 250:
+            started.append(time.perf_counter())
+        return gradient_step(*args, **kwargs)
+
+    update.count, gradient_step = 0, dqn_atari.dqn_update
+    dqn_atari.dqn_update = update
+    timed("environment", dqn_atari.AtariGames, "step")
+    timed("network, to act", dqn_atari.Agent, "forward")
+    timed("buffer, add", dqn_atari.ReplayBuffer, "add")
+    timed("buffer, sample", dqn_atari.ReplayBuffer, "sample")
+    timed("gradient step", dqn_atari, "dqn_update")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dict(buffer_size=20_000, learning_starts=1000, exploration_fraction=0.1, cuda=cuda)
+        dqn_atari.train(
+            dqn_atari.Args(
+                env_id=env_id, num_envs=num_envs, total_timesteps=2000 + steps, run_dir=f"{folder}/run", **settings
+            )
+        )
+        total = time.perf_counter() - started[0]
+    count = update.count - 250
+    seconds["all else"] = total - sum(seconds.values())
+    for part, value in seconds.items():
+        print(f"{part:16} {1e3 * value / count:6.2f} ms per gradient step, {value / total:4.0%}")
+    print(f"{4 * count / total:.1f} steps/s with {num_envs} games")
+
+
+def memory(capacity: int = 1_000_000, num_envs: int = 8):
+    """Fill a buffer with random frames, and time sample(32) as it fills."""
+    obs = np.random.default_rng(0).integers(0, 256, (num_envs, 4, 84, 84), dtype=np.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    buffer = dqn_atari.ReplayBuffer(capacity, obs)
+    zeros = np.zeros(num_envs)
+    marks = [int(buffer.capacity * share) for share in (0.01, 0.1, 0.5, 1)]
+    for row in range(1, buffer.capacity + 101):  # a little beyond, where old rows are overwritten
+        buffer.add(zeros, zeros, zeros > 0, zeros > 0, {}, obs)
+        if row in marks:
+            times = []
+            for _ in range(1000):
+                start = time.perf_counter()
+                buffer.sample(32)
+                times.append(time.perf_counter() - start)
+            print(f"{row * num_envs:,} steps: sample(32) takes {1e3 * np.median(times):.2f} ms (median of 1000)")
+    gigabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+    print(f"the full buffer takes {gigabytes:.2f} GB, the process {gigabytes + before * 1024 / 1e9:.2f} GB at most")
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"time": time_parts, "memory": memory}, description=__doc__)
