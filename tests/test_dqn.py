@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHORT, reload
-from probes import DelayedReward, InFrames, RewardFromActionAndObs, TruncatedEndless
+from probes import DelayedReward, Endless, InFrames, RewardFromActionAndObs, TruncatedEndless
 
 import dqn_atari
 import evaluate
@@ -160,14 +160,10 @@ def test_epsilon_is_the_chance_of_a_random_action():
     assert (epsilon_greedy(q_values, 0.0) == 1).all()
 
 
-def train(tmp_path, monkeypatch, probe=RewardFromActionAndObs, **settings):
-    """A run on a probe; its folder and its environments."""
-    made = []
-    monkeypatch.setattr(
-        dqn_atari, "make_envs", lambda args, n, seed, training: made.append(InFrames(probe, n)) or made[-1]
-    )
-    args = Args(**SHORT["dqn_atari"] | {"run_dir": str(tmp_path / "run")} | settings)
-    return dqn_atari.train(args), made[0]
+def train(tmp_path, monkeypatch, probe=RewardFromActionAndObs, life_lost=False, **settings):
+    """The folder of a run on a probe."""
+    monkeypatch.setattr(dqn_atari, "make_envs", lambda args, n, seed, training: InFrames(probe, n, life_lost))
+    return dqn_atari.train(Args(**SHORT["dqn_atari"] | {"run_dir": str(tmp_path / "run")} | settings))
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 3, 8, 64])
@@ -184,7 +180,7 @@ def test_gradient_steps_and_targets_come_when_a_single_game_would_bring_them(
         dqn_atari, "annealed_epsilon", lambda args, step: epsilons.append(step) or annealed_epsilon(args, step)
     )
     settings = dict(learning_starts=learning_starts, train_frequency=train_frequency, target_network_frequency=20)
-    run_dir, _ = train(tmp_path, monkeypatch, num_envs=num_envs, buffer_size=128, total_timesteps=192, **settings)
+    run_dir = train(tmp_path, monkeypatch, num_envs=num_envs, buffer_size=128, total_timesteps=192, **settings)
     due = [step for step in range(1, 193) if step > learning_starts and step % train_frequency == 0]
     assert len(updates) == len(due)
     copies_due = [step for step in range(1, 193) if step > learning_starts and step % 20 == 0]
@@ -197,8 +193,15 @@ def reload_step(run_dir):
     return dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))["global_step"]
 
 
-@pytest.mark.parametrize("probe", [TruncatedEndless, DelayedReward])
-def test_what_is_learned_from_is_what_was_played(probe, tmp_path, monkeypatch):
+class Colorful(Endless):
+    """No frame is black, as those are that a stack starts with."""
+
+    def observe(self):
+        return -0.9 + 0.1 * (self.t % 19)
+
+
+@pytest.mark.parametrize(("probe", "life_lost"), [(TruncatedEndless, False), (DelayedReward, False), (Colorful, True)])
+def test_what_is_learned_from_is_what_was_played(probe, life_lost, tmp_path, monkeypatch):
     """Every transition of every batch: the stack that was seen, what was done, what came, the stack that followed."""
     played, batches = defaultdict(set), []
     step = InFrames.step
@@ -207,14 +210,14 @@ def test_what_is_learned_from_is_what_was_played(probe, tmp_path, monkeypatch):
         before = envs.stacks.copy()
         obs, rewards, terminated, truncated, infos = step(envs, actions)
         for n in range(envs.num_envs):
-            after = infos["final_obs"][n] if truncated[n] else obs[n]
-            key = before[n].tobytes(), int(actions[n]), float(rewards[n]), bool(terminated[n])
-            played[key].add(None if terminated[n] else after.tobytes())
+            after, no_future = infos["final_obs"][n] if truncated[n] else obs[n], terminated[n] or life_lost
+            key = before[n].tobytes(), int(actions[n]), float(rewards[n]), bool(no_future)
+            played[key].add(None if no_future else after.tobytes())
         return obs, rewards, terminated, truncated, infos
 
     monkeypatch.setattr(InFrames, "step", record)
     monkeypatch.setattr(dqn_atari, "dqn_update", lambda *a: batches.append(a[3]) or dqn_update(*a))
-    train(tmp_path, monkeypatch, probe, num_envs=3, total_timesteps=300, batch_size=8)
+    train(tmp_path, monkeypatch, probe, life_lost, num_envs=3, total_timesteps=300, batch_size=8)
     ends = 0
     for batch in batches:
         for stacks, action, reward, end in zip(*(x.numpy() for x in batch), strict=True):
@@ -222,11 +225,11 @@ def test_what_is_learned_from_is_what_was_played(probe, tmp_path, monkeypatch):
             assert (None if end else stacks[1:].tobytes()) in following
             ends += end
     assert len(batches) == 71
-    assert (ends > 0) == (probe is DelayedReward)
+    assert (ends > 0) == (probe is not TruncatedEndless)
 
 
 def test_resume_restores_the_target_network_and_refills_the_buffer(tmp_path, monkeypatch, capsys):
-    run_dir, _ = train(tmp_path, monkeypatch, target_network_frequency=48, total_timesteps=80)
+    run_dir = train(tmp_path, monkeypatch, target_network_frequency=48, total_timesteps=80)
     before = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))
     assert not all(torch.equal(before["model"][key], before["target_model"][key]) for key in before["model"])
     seen = []
