@@ -199,6 +199,9 @@ class Colorful(Endless):
     def observe(self):
         return -0.9 + 0.1 * (self.t % 19)
 
+    def reward(self, action):
+        return 2.0 * action - 1
+
 
 @pytest.mark.parametrize(("probe", "life_lost"), [(TruncatedEndless, False), (DelayedReward, False), (Colorful, True)])
 def test_what_is_learned_from_is_what_was_played(probe, life_lost, tmp_path, monkeypatch):
