@@ -17,7 +17,8 @@
     python evaluate.py runs/<run>
 
 For every *NoFrameskip and ALE/*-v5 game of ale-py. A step is one decision of the agent: 4 frames of the game. The
-replay buffer stores each frame once: a million steps take 7.1 GB of memory, page by page as it fills.
+replay buffer stores each frame once, in a file of the run folder that is mapped into memory: 7.1 GB for a million steps
+and 3.5 GB for those between two checkpoints. It is removed when the run is finished.
 
 Hyperparameters are those of CleanRL's published scores. They depart from the paper: Adam at 1e-4 instead of RMSProp;
 the squared error, not clipped; learning from step 80,000 on, not 50,000; a target network copied every 1,000 steps, not
@@ -37,6 +38,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -76,7 +78,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # of everything random; on the CPU, the same seed gives the same run, bit for bit
     run_dir: str | None = None  # folder of this run; None: runs/{env_id}__{exp_name}__{seed}__{unix time}
-    save_freq: int = 500_000  # steps between checkpoints of about 27 MB
+    save_freq: int = 500_000  # steps between checkpoints of 27 MB; each takes 7 kB in the replay buffer's file
     resume: str | None = None  # run folder or checkpoint to go on from; flags given beside it replace the saved ones
     cuda: bool = True  # train on the GPU; without one, on the CPU
     torch_deterministic: bool = True  # only deterministic cuDNN kernels; off may be faster
@@ -85,7 +87,7 @@ class Args:
     wandb_entity: str | None = None  # W&B team; None: your own account
 
     num_envs: int = 8  # games played side by side; there are no more gradient steps per step than with one
-    buffer_size: int = 1_000_000  # steps to learn from, 7 kB each; more are more diverse, and older
+    buffer_size: int = 1_000_000  # steps to learn from, 7 kB each on the disk; more are more diverse, and older
     learning_starts: int = 80_000  # steps before the first gradient step; until then the buffer fills
     train_frequency: int = 4  # steps per gradient step; fewer learn more from each step, and cost more time
     batch_size: int = 32  # transitions per gradient step (M)
@@ -256,24 +258,54 @@ def epsilon_greedy(q_values, epsilon):
 class ReplayBuffer:
     """The last `capacity` steps of N games, each frame stored once; a stack of 4 is put together when it is sampled.
 
-    A ring of rows, one for each step of all games. Row t holds the newest frame of what each agent saw, what it did and
-    what came of it; the frame that it saw next is row t + 1's. Where a game was cut off, row t + 1 is already the next
-    game's, so the last frame is kept aside. Memory is taken page by page as rows are written: 7,056 bytes a frame.
+    A ring of rows, one for each step of all games. A row holds the newest frame of what each agent saw, what it did and
+    what came of it; the frame that it saw next is the next row's. Where a game was cut off, the next row is already
+    another game's, so the last frame is kept aside.
+
+    The rows lie in a file that is mapped into memory: the system keeps of it what it has room for, and writes it to the
+    disk in its own time. So they outlive the program. A checkpoint only says which rows it counts on; these stay as
+    they are until `spare` more steps have been added.
     """
 
-    def __init__(self, capacity, obs):
-        """obs: (N, 4, 84, 84) uint8, the first observations."""
-        N, self.stack, *shape = obs.shape
+    def __init__(self, path, obs, capacity, spare, saved=None):
+        """path: the file. obs: (N, 4, 84, 84) uint8, the first observations. capacity, spare: steps of all games.
+
+        saved: the state_dict() to go on from, if the file is still there; else a new one is made.
+        """
+        N, self.stack, *frame = obs.shape
         self.capacity = capacity // N  # rows that can be sampled
-        self.num_rows = self.capacity + self.stack  # 3 more for the oldest one's stack, and one that is being filled
-        self.frames = np.empty((self.num_rows, N, *shape), np.uint8)
-        self.older = np.zeros((self.num_rows, N), np.int64)  # how many frames before it are of the same game, up to 3
-        self.actions = np.zeros((self.num_rows, N), np.int64)
-        self.rewards = np.zeros((self.num_rows, N), np.float32)
-        self.terminated = np.zeros((self.num_rows, N), bool)  # no future after this step
+        self.num_rows = self.capacity + self.stack + spare // N + 1  # also the oldest stack, and one incomplete row
+        self.path = path
+        self.count = self.filled = 0  # rows completed so far, and how many of them can be sampled
         self.last_frames = {}  # row -> {n: last frame of game n, which was cut off after that row's step}
-        self.row = self.filled = 0  # the row that is being filled, and how many complete ones precede it
-        self.frames[0] = obs[:, -1]
+        if saved:
+            self.num_rows, self.count = saved["num_rows"], saved["count"]
+            for t, n, last_frame in zip(*saved["last_frames"], strict=True):
+                self.last_frames.setdefault(t, {})[n] = last_frame.numpy()
+
+        fields = [
+            ("frame", np.uint8, frame),
+            ("action", np.uint8),
+            ("reward", np.float32),
+            ("terminated", bool),  # no future after this step
+            ("older", np.uint8),  # how many frames before this one are of the same game, up to 3
+        ]
+        size = self.num_rows * N * np.dtype(fields).itemsize
+        if not saved:
+            allocate(path, size + 8)
+        self.file = np.memmap(path, fields, "r+", shape=(self.num_rows, N))
+        self.rows = self.file.view(np.ndarray)  # the same memory; indexing a memmap takes longer
+        self.furthest = np.memmap(path, np.int64, "r+", offset=size, shape=1)  # highest count that was ever reached
+        if saved:  # the run may have gone further than its checkpoint, and overwritten the oldest rows
+            intact = self.num_rows - self.stack - int(self.furthest[0] - self.count)
+            self.filled = max(0, min(saved["filled"], intact))
+        self.begin_row(obs, 0)
+
+    def begin_row(self, obs, older):
+        """Write what was seen to the row that waits for its action."""
+        row = self.rows[self.count % self.num_rows]  # (N,)
+        row["frame"], row["older"] = obs[:, -1], older
+        self.last_frames.pop(self.count % self.num_rows, None)
 
     def add(self, actions, rewards, terminated, ended, cut_off, next_obs):
         """Complete a row, and begin the next one with what was seen then. Arrays of N.
@@ -281,12 +313,14 @@ class ReplayBuffer:
         terminated: no future, as after a lost life; ended: a new game begins, and its stack with it.
         cut_off: {n: last observation of game n, (4, 84, 84)} where a game was truncated; next_obs has the next one's.
         """
-        t, self.row = self.row, (self.row + 1) % self.num_rows
-        self.actions[t], self.rewards[t], self.terminated[t] = actions, rewards, terminated
-        self.last_frames[t] = {n: obs[-1].copy() for n, obs in cut_off.items()}
-        self.frames[self.row] = next_obs[:, -1]
-        self.older[self.row] = np.where(ended, 0, np.minimum(self.older[t] + 1, self.stack - 1))
-        self.filled = min(self.filled + 1, self.capacity)
+        t = self.count % self.num_rows
+        row = self.rows[t]
+        row["action"], row["reward"], row["terminated"] = actions, rewards, terminated
+        if cut_off:
+            self.last_frames[t] = {int(n): obs[-1].copy() for n, obs in cut_off.items()}
+        self.count, self.filled = self.count + 1, min(self.filled + 1, self.capacity)
+        self.furthest[0] = max(self.furthest[0], self.count)
+        self.begin_row(next_obs, np.where(ended, 0, np.minimum(row["older"] + 1, self.stack - 1)))
 
     def sample(self, batch_size):
         """Transitions drawn uniformly: frames, actions, rewards, terminated, as tensors.
@@ -295,27 +329,69 @@ class ReplayBuffer:
         last one means nothing where terminated. actions: (M,) int64; rewards: (M,) float32; terminated: (M,) bool.
         """
         ages = torch.randint(1, self.filled + 1, (batch_size,)).numpy()  # 1: the newest complete row
-        t, n = (self.row - ages) % self.num_rows, torch.randint(self.frames.shape[1], (batch_size,)).numpy()
+        t, n = (self.count - ages) % self.num_rows, torch.randint(self.rows.shape[1], (batch_size,)).numpy()
         offsets = np.arange(1 - self.stack, 2)  # -3, -2, -1, 0, 1
-        frames = self.frames[(t[:, None] + offsets) % self.num_rows, n[:, None]]  # (M, 5, 84, 84)
-        frames[-offsets > self.older[t, n][:, None]] = 0  # the stack of a new game starts with zeros
+        frames = self.rows["frame"][(t[:, None] + offsets) % self.num_rows, n[:, None]]  # (M, 5, 84, 84)
+        frames[-offsets > self.rows["older"][t, n][:, None]] = 0  # the stack of a new game starts with zeros
         for i, (row, game) in enumerate(zip(t, n, strict=True)):
-            if game in self.last_frames[row]:
+            if game in self.last_frames.get(row, ()):
                 frames[i, -1] = self.last_frames[row][game]
-        return [torch.from_numpy(x) for x in (frames, self.actions[t, n], self.rewards[t, n], self.terminated[t, n])]
+        columns = frames, *(self.rows[name][t, n] for name in ("action", "reward", "terminated"))
+        types = torch.uint8, torch.int64, torch.float32, torch.bool
+        return [torch.as_tensor(np.asarray(x), dtype=dtype) for x, dtype in zip(columns, types, strict=True)]
+
+    def state_dict(self):
+        """What a checkpoint needs beside the file. For who goes on from it, the games of this moment were cut off."""
+        newest = (self.count - 1) % self.num_rows
+        seen_last = dict(enumerate(self.rows["frame"][self.count % self.num_rows]))
+        last_frames = self.last_frames | {newest: seen_last | self.last_frames.get(newest, {})}
+        t, n, frames = zip(*((t, n, frame) for t in last_frames for n, frame in last_frames[t].items()), strict=True)
+        return {
+            "count": self.count,
+            "filled": self.filled,
+            "last_frames": (t, n, torch.from_numpy(np.stack(frames))),
+            "num_rows": self.num_rows,
+            "capacity": self.capacity,
+            "num_envs": self.rows.shape[1],
+            "file_size": self.path.stat().st_size,
+        }
+
+    def flush(self):
+        """Wait until all rows are on the disk. Most are: the system writes them as they come."""
+        self.file.flush()
+        self.furthest.flush()
 
 
-def check_memory(args):
-    """Refuse a replay buffer that would not fit once it is full. Where the system does not say what is free, go on."""
-    needed = args.buffer_size * 84 * 84
+def allocate(path, size):
+    """Make a file of `size` bytes that are really there: if the disk fills up later, a hole would end the program."""
+    path.unlink(missing_ok=True)
     try:
-        meminfo = Path("/proc/meminfo").read_text()
-    except OSError:
-        return  # not on Linux
-    free = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
+        with open(path, "wb") as file:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # not on Windows and macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink()
+        fail(f"{path} of {size / 1e9:.1f} GB could not be made ({error.strerror}): lower --buffer-size.")
+
+
+def check_disk(args):
+    """Refuse a replay buffer that the disk has no room for, before anything is written."""
+    needed = (args.buffer_size + min(args.save_freq, args.total_timesteps)) * 84 * 84
+    folder = Path(args.run_dir or "runs").absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if needed > free:
-        gb = f"{needed / 1e9:.1f} GB of memory once it is full, of which {free / 1e9:.1f} GB are free"
-        fail(f"--buffer-size {args.buffer_size} needs {gb}: lower it.", code=2)
+        gb = f"{needed / 1e9:.1f} GB on the disk, of which {free / 1e9:.1f} GB are free"
+        fail(f"--buffer-size {args.buffer_size} needs {gb}: lower it, or choose another --run-dir.", code=2)
+
+
+def kept_replay(checkpoint, args):
+    """What a checkpoint says of its replay buffer, if one can go on with it: same sizes, and the file is there."""
+    if not checkpoint or args.run_dir is None:
+        return None
+    saved, file = checkpoint["replay"], Path(args.run_dir) / "replay.bin"
+    same_sizes = (saved["num_envs"], saved["capacity"]) == (args.num_envs, args.buffer_size // args.num_envs)
+    return saved if same_sizes and file.is_file() and file.stat().st_size == saved["file_size"] else None
 
 
 # ---- Learning ----
@@ -575,7 +651,9 @@ def train(args, signals=()):
     if global_step >= args.total_timesteps:
         print(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.")
         return Path(args.resume).parents[1]
-    check_memory(args)
+    saved_replay = kept_replay(checkpoint, args)
+    if not saved_replay:
+        check_disk(args)
     envs = make_envs(args, args.num_envs, spread_seed(1, args.seed, global_step), training=True)
     agent, target_agent = Agent(envs, args).to(device), Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
@@ -587,16 +665,21 @@ def train(args, signals=()):
     writer = open_writer(args, run_dir, global_step)
     on_cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
     where = torch.cuda.get_device_name() if device.type == "cuda" else on_cpu
-    learning_starts = global_step + args.learning_starts  # a resumed run refills its buffer before it goes on learning
+    obs, _ = envs.reset()  # (N, 4, 84, 84) uint8
+    spare = min(args.save_freq, args.total_timesteps)
+    buffer = ReplayBuffer(run_dir / "replay.bin", obs, args.buffer_size, spare, saved_replay)
+    remembered = buffer.filled * args.num_envs  # fewer than at the checkpoint, if its rows are gone: they are made anew
+    missing = min(args.learning_starts, buffer.capacity * args.num_envs) - remembered
+    learning_starts = max(args.learning_starts, global_step + missing)
     plan = f"steps {global_step:,} to {args.total_timesteps:,}, learning from {learning_starts:,} on"
     plan += f" with learning rate {args.learning_rate:.3g}, epsilon {annealed_epsilon(args, global_step):.3g}"
+    if checkpoint:
+        plan += f", {remembered:,} steps in the replay buffer"
     print(f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}, {plan}, in {run_dir}", flush=True)
     bar = progress_bar(args.total_timesteps, global_step)
     next_log, next_save = global_step + 1000, (global_step // args.save_freq + 1) * args.save_freq
     start_time, start_step = time.monotonic(), global_step
 
-    obs, _ = envs.reset()  # (N, 4, 84, 84) uint8
-    buffer = ReplayBuffer(args.buffer_size, obs)
     losses = []  # of each gradient step since the last log
     episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
     recent_returns = deque(maxlen=100)
@@ -654,9 +737,9 @@ def train(args, signals=()):
         # Save
         if finished or global_step >= next_save:
             writer.flush()
-            saved = save_checkpoint(
-                run_dir, args, global_step, agent, optimizer, target_model=target_agent.state_dict()
-            )
+            buffer.flush()
+            more = {"target_model": target_agent.state_dict(), "replay": buffer.state_dict()}
+            saved = save_checkpoint(run_dir, args, global_step, agent, optimizer, **more)
             next_save = (global_step // args.save_freq + 1) * args.save_freq
 
     bar.close()
@@ -670,6 +753,7 @@ def train(args, signals=()):
         sys.exit(128 + signals[0])
     if not saved:
         fail(f"the last checkpoint of {run_dir} could not be written; --resume goes on from the newest that was.")
+    buffer.path.unlink()  # nobody needs it any more
     print(f"Done. Score it: python evaluate.py {run_dir}")
     return run_dir
 

@@ -4,7 +4,6 @@ python benchmarks/dqn_parts.py time --num-envs 8   # milliseconds per gradient s
 python benchmarks/dqn_parts.py memory              # fills the default buffer: memory, and time to sample on the way
 """
 
-import resource
 import sys
 import tempfile
 import time
@@ -70,25 +69,49 @@ def time_parts(env_id: str = "PongNoFrameskip-v4", num_envs: int = 8, steps: int
     print(f"{4 * count / total:.1f} steps/s with {num_envs} games")
 
 
-def memory(capacity: int = 1_000_000, num_envs: int = 8):
-    """Fill a buffer with random frames, and time sample(32) as it fills."""
+class Plain(np.ndarray):
+    """Stands in for numpy.memmap: memory that belongs to no file."""
+
+    def __new__(cls, path, dtype, mode, shape, offset=0):
+        return super().__new__(cls, shape, dtype)
+
+    def flush(self):
+        pass
+
+
+def held(kind):
+    """Gigabytes of memory that this process holds: RssAnon is its own, RssFile the system may take back any time."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[kind].split()[0]) * 1024 / 1e9
+
+
+def fill_buffer(capacity: int = 1_000_000, spare: int = 500_000, num_envs: int = 8, plain: bool = False):
+    """Fill a buffer with random frames, and go on until every row of its file has been written."""
+    if plain:
+        dqn_atari.np.memmap, spare = Plain, 0
+        dqn_atari.allocate = lambda path, size: path.write_bytes(b"")
     obs = np.random.default_rng(0).integers(0, 256, (num_envs, 4, 84, 84), dtype=np.uint8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    buffer = dqn_atari.ReplayBuffer(capacity, obs)
     zeros = np.zeros(num_envs)
-    marks = [int(buffer.capacity * share) for share in (0.01, 0.1, 0.5, 1)]
-    for row in range(1, buffer.capacity + 101):  # a little beyond, where old rows are overwritten
-        buffer.add(zeros, zeros, zeros > 0, zeros > 0, {}, obs)
-        if row in marks:
-            times = []
-            for _ in range(1000):
-                start = time.perf_counter()
-                buffer.sample(32)
-                times.append(time.perf_counter() - start)
-            print(f"{row * num_envs:,} steps: sample(32) takes {1e3 * np.median(times):.2f} ms (median of 1000)")
-    gigabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
-    print(f"the full buffer takes {gigabytes:.2f} GB, the process {gigabytes + before * 1024 / 1e9:.2f} GB at most")
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        buffer = dqn_atari.ReplayBuffer(Path(folder) / "replay.bin", obs, capacity, spare)
+        marks = [int(buffer.capacity * share) for share in (0.01, 0.1, 0.5, 1)] + [buffer.num_rows + buffer.capacity]
+        last, start = 0, time.perf_counter()
+        for row in range(1, marks[-1] + 1):
+            buffer.add(zeros, zeros, zeros > 0, zeros > 0, {}, obs)
+            if row in marks:
+                add = (time.perf_counter() - start) / (row - last) / num_envs
+                times = []
+                for _ in range(1000):
+                    start = time.perf_counter()
+                    buffer.sample(32)
+                    times.append(time.perf_counter() - start)
+                print(f"{row * num_envs:9,} steps: {1e6 * add:4.1f} us to add one, ", end="")
+                print(f"{1e3 * np.median(times):.2f} ms to sample 32 (median of 1000), ", end="")
+                print(f"memory {held('RssAnon'):.2f} GB, and {held('RssFile'):.2f} GB of files", flush=True)
+                last, start = row, time.perf_counter()
+        buffer.flush()
+        print(f"{time.perf_counter() - start:.1f} s until all of it is on the disk")
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"time": time_parts, "memory": memory}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict({"time": time_parts, "buffer": fill_buffer}, description=__doc__)

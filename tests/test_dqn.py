@@ -47,35 +47,88 @@ class Games:
         return (actions, rewards, terminated, ended, cut_off, self.obs), transitions
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_the_buffer_samples_what_one_of_whole_stacks_holds(seed):
-    """Every transition among the last `capacity`, and no other; stacks and next stacks as the agent saw them."""
+def check(buffer, stored):
+    """That what is sampled is what is stored: every transition, and no other, with its stack and the next one."""
+    expected = {row[0]: row[1:] for row in stored}  # a stack is seen once: frames are numbered
+    frames, actions, rewards, terminated = (x.numpy() for x in buffer.sample(40 * len(stored)))
+    sampled = set()
+    for stack, action, reward, end in zip(frames, actions, rewards, terminated, strict=True):
+        next_stack, *rest = expected[stack[:-1].tobytes()]
+        assert rest == [action, reward, end]
+        assert end or next_stack == stack[1:].tobytes()  # nobody looks at what follows an end
+        sampled.add(stack[:-1].tobytes())
+    assert sampled == expected.keys()  # a miss has a chance below 1e-14
+
+
+def random_buffer(seed, path):
+    """Games, a buffer for them of `rows` rows of capacity, with a random number of spare ones; and `rows`."""
     random = np.random.default_rng(seed)
     num_envs, rows = random.integers(1, 5), random.integers(1, 40)
     capacity = int(rows * num_envs + random.integers(0, num_envs))  # what is no multiple is rounded down
     games = Games(num_envs, random, random.dirichlet([1, 1, 1]) * random.choice([0.02, 0.2, 0.9]))
-    buffer, stored = ReplayBuffer(capacity, games.obs), []
+    return games, ReplayBuffer(path, games.obs, capacity, spare=int(random.integers(0, 60))), rows
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_buffer_samples_what_one_of_whole_stacks_holds(seed, tmp_path):
+    """Every transition among the last `capacity`, and no other; stacks and next stacks as the agent saw them."""
+    games, buffer, rows = random_buffer(seed, tmp_path / "replay.bin")
+    stored = []
     for step in range(1, 250):
         added, transitions = games.step()
         buffer.add(*added)
-        stored = (stored + transitions)[-rows * num_envs :]
+        stored = (stored + transitions)[-rows * games.num_envs :]
         if step in (1, 2, 3, 4, 5, 20, 39, 40, 41, 42, 43, 44, 45, 130, 249):
-            expected = {row[0]: row[1:] for row in stored}  # a stack is seen once: frames are numbered
-            frames, actions, rewards, terminated = (x.numpy() for x in buffer.sample(40 * len(stored)))
-            sampled = set()
-            for stack, action, reward, end in zip(frames, actions, rewards, terminated, strict=True):
-                next_stack, *rest = expected[stack[:-1].tobytes()]
-                assert rest == [action, reward, end]
-                assert end or next_stack == stack[1:].tobytes()  # nobody looks at what follows an end
-                sampled.add(stack[:-1].tobytes())
-            assert sampled == expected.keys()  # a miss has a chance below 1e-14
+            check(buffer, stored)
 
 
-def test_the_buffer_samples_uniformly():
+@pytest.mark.parametrize("seed", range(40))
+def test_the_buffer_of_a_checkpoint_is_there_when_the_run_goes_on(seed, tmp_path):
+    """Saved, filled further, killed and gone on with, twice: samples are those of the moment of the checkpoint.
+
+    If more steps were added than there was room for, the oldest transitions are gone; no other is wrong.
+    """
+    games, buffer, rows = random_buffer(seed, tmp_path / "replay.bin")
+    random, num_envs, stored = np.random.default_rng(seed), games.num_envs, []
+    for _ in range(random.integers(1, 150)):
+        added, transitions = games.step()
+        buffer.add(*added)
+        stored = (stored + transitions)[-rows * num_envs :]
+    torch.save(buffer.state_dict(), tmp_path / "state.pt")
+    torch.manual_seed(seed)
+    before = buffer.sample(100)
+    num_spare, furthest = buffer.num_rows - rows - STACK, 0
+
+    for _ in range(2):
+        further = int(random.choice([num_spare // 2, num_spare, num_spare + 3, num_spare + 100]))
+        furthest = max(furthest, further)
+        for _ in range(further):
+            buffer.add(*games.step()[0])
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        games.obs = np.stack([games.start() for _ in range(num_envs)])
+        buffer = ReplayBuffer(tmp_path / "replay.bin", games.obs, rows * num_envs, spare=7, saved=state)
+        if furthest <= num_spare:
+            torch.manual_seed(seed)
+            assert all(torch.equal(x, y) for x, y in zip(before, buffer.sample(100), strict=True))
+            assert buffer.filled * num_envs == len(stored)
+        if buffer.filled:
+            check(buffer, stored[-buffer.filled * num_envs :])
+        assert furthest < num_spare + rows + STACK or not buffer.filled
+
+    restored = stored[-buffer.filled * num_envs :] if buffer.filled else []
+    for _ in range(60):
+        added, transitions = games.step()
+        buffer.add(*added)
+        restored = (restored + transitions)[-rows * num_envs :]
+        if len(restored) < 20 * num_envs or _ == 59:
+            check(buffer, restored)
+
+
+def test_the_buffer_samples_uniformly(tmp_path):
     random = np.random.default_rng(0)
     games = Games(3, random, (0.1, 0.1, 0.1))
     torch.manual_seed(0)
-    buffer = ReplayBuffer(30, games.obs)
+    buffer = ReplayBuffer(tmp_path / "replay.bin", games.obs, 30, spare=10)
     for _ in range(25):
         buffer.add(*games.step()[0])
     newest = buffer.sample(60_000)[0][:, 3].flatten(1).numpy()
@@ -84,11 +137,12 @@ def test_the_buffer_samples_uniformly():
     assert np.abs(counts / 2000 - 1).max() < 0.1  # 4.5 standard deviations
 
 
-def test_the_buffer_takes_no_memory_before_it_is_used():
+def test_the_buffer_takes_no_memory_before_it_is_used_and_its_disk_at_once(tmp_path):
     obs = np.zeros((8, 4, 84, 84), np.uint8)
     before = resident()
-    buffer = ReplayBuffer(1_000_000, obs)
-    assert buffer.frames.nbytes == pytest.approx(7.06e9, rel=1e-3)
+    buffer = ReplayBuffer(tmp_path / "replay.bin", obs, 100_000, spare=50_000)
+    assert buffer.path.stat().st_size == pytest.approx(150_000 * 7063, rel=1e-3)
+    assert buffer.path.stat().st_blocks * 512 >= buffer.path.stat().st_size
     assert resident() - before < 0.1e9
 
 
@@ -231,22 +285,56 @@ def test_what_is_learned_from_is_what_was_played(probe, life_lost, tmp_path, mon
     assert (ends > 0) == (probe is not TruncatedEndless)
 
 
-def test_resume_restores_the_target_network_and_refills_the_buffer(tmp_path, monkeypatch, capsys):
-    run_dir = train(tmp_path, monkeypatch, target_network_frequency=48, total_timesteps=80)
-    before = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))
-    assert not all(torch.equal(before["model"][key], before["target_model"][key]) for key in before["model"])
+def resume(run_dir, monkeypatch, *arguments):
+    """Go on with a run; the target network's parameters at each gradient step."""
     seen = []
 
-    def watch(agent, target_agent, optimizer, batch, gamma):
+    def watch(agent, target_agent, *rest):
         seen.append(copy.deepcopy(target_agent.state_dict()))
-        return dqn_update(agent, target_agent, optimizer, batch, gamma)
+        return dqn_update(agent, target_agent, *rest)
 
     monkeypatch.setattr(dqn_atari, "dqn_update", watch)
-    monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir), "--total-timesteps", "120"])
+    monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir), *map(str, arguments)])
     dqn_atari.train(dqn_atari.read_args())
+    return seen
+
+
+def test_resume_goes_on_with_target_network_and_replay(tmp_path, monkeypatch, capsys):
+    signals, added, add = [], [], ReplayBuffer.add
+
+    def add_and_signal(buffer, *row):
+        added.append(row)
+        if len(added) == 30:
+            signals.append(15)
+        return add(buffer, *row)
+
+    monkeypatch.setattr(ReplayBuffer, "add", add_and_signal)
+    monkeypatch.setattr(dqn_atari, "make_envs", lambda args, n, seed, training: InFrames(RewardFromActionAndObs, n))
+    run_dir = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        dqn_atari.train(Args(**SHORT["dqn_atari"] | {"run_dir": str(run_dir), "target_network_frequency": 48}), signals)
+    before = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))
+    assert before["global_step"] == 60
+    assert not all(torch.equal(before["model"][key], before["target_model"][key]) for key in before["model"])
+    seen = resume(run_dir, monkeypatch)
+    assert len(seen) == (80 - 60) // 4
     assert all(torch.equal(seen[0][key], before["target_model"][key]) for key in before["target_model"])
+    assert "32 steps in the replay buffer" in capsys.readouterr().out
+    assert not (run_dir / "replay.bin").exists()  # the run is finished
+
+
+@pytest.mark.parametrize("change", ["file", "num_envs", "buffer_size"])
+def test_resume_without_the_replay_file_fills_a_new_one_before_it_learns(change, tmp_path, monkeypatch, capsys):
+    run_dir = train(tmp_path, monkeypatch, total_timesteps=80)  # removes its file at the end
+    if change != "file":
+        checkpoint = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))
+        (run_dir / "replay.bin").write_bytes(bytes(checkpoint["replay"]["file_size"]))
+    flags = {"file": [], "num_envs": ["--num-envs", 4], "buffer_size": ["--buffer-size", 34]}[change]
+    seen = resume(run_dir, monkeypatch, "--total-timesteps", 120, *flags)
     assert len(seen) == (120 - 80 - SHORT["dqn_atari"]["learning_starts"]) // 4
-    assert "learning from 96 on" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "learning from 96 on" in out
+    assert "0 steps in the replay buffer" in out
 
 
 def test_evaluation_explores_as_much_as_the_checkpoint_says(tmp_path):

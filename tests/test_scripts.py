@@ -201,7 +201,7 @@ DQN = {
     "--learning-starts -1": "--learning-starts",
     "--total-timesteps 80000": "--learning-starts 80000",
     "--buffer-size 7": "--buffer-size 7",
-    "--buffer-size 1000000000": "7056.0 GB",
+    "--buffer-size 1000000000": "7059.5 GB",
 }
 OWN_USAGE = {"ppo_cartpole": PPO, "ppo_atari": PPO, "dqn_atari": DQN}
 
