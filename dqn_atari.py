@@ -20,15 +20,16 @@ For every *NoFrameskip and ALE/*-v5 game of ale-py. A step is one decision of th
 replay buffer stores each frame once, in a file of the run folder that is mapped into memory: 7.1 GB for a million steps
 and 3.5 GB for those between two checkpoints. It is removed when the run is finished.
 
-Hyperparameters are those of CleanRL's published scores. They depart from the paper: Adam at 1e-4 instead of RMSProp;
-the squared error, not clipped; learning from step 80,000 on, not 50,000; a target network copied every 1,000 steps, not
-every 10,000 gradient steps; exploration that falls to 0.01 within a tenth of the run, not to 0.1 in a million steps.
+Hyperparameters are those of CleanRL's published scores. They depart from the paper: 10 million steps, not 50; Adam at
+1e-4 instead of RMSProp; the squared error, not clipped; learning from step 80,000 on, not 50,000; a target network that
+is copied every 1,000 steps, not every 10,000 gradient steps; exploration that falls to 0.01, not to 0.1 (in evaluation
+0.05).
 
-Departs from both: (1) orthogonal initialization: with PyTorch's own, the first sign of learning takes several times as
-many gradient steps; (2) several games are played side by side; gradient steps, target updates and exploration go by the
-steps of all games together, as with one game; (3) a game cut off after 108,000 frames is not taken for a lost one, its
-last frame has a value; (4) FIRE is pressed for the agent at the start of a game, but not after a lost life; (5) frame
-stacks start with zeros, not with copies of the first frame. (4) and (5) are how ale-py's native environment works.
+Departs from CleanRL: (1) orthogonal initialization: PyTorch's own takes many more gradient steps to notice the first
+rewards; (2) several games are played side by side; gradient steps, target updates and exploration go by the steps of
+all games together, as with one game; (3) a game cut off after 108,000 frames is not taken for a lost one, its last
+frame has a value; (4) FIRE is pressed for the agent at the start of a game, but not after a lost life; (5) frame stacks
+start with zeros, not with copies of the first frame. (4) and (5) are how ale-py's native environment works.
 """
 
 import argparse
@@ -78,7 +79,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # of everything random; on the CPU, the same seed gives the same run, bit for bit
     run_dir: str | None = None  # folder of this run; None: runs/{env_id}__{exp_name}__{seed}__{unix time}
-    save_freq: int = 500_000  # steps between checkpoints of 27 MB; each takes 7 kB in the replay buffer's file
+    save_freq: int = 500_000  # steps between checkpoints of 27 MB; larger takes 7 kB more disk per step
     resume: str | None = None  # run folder or checkpoint to go on from; flags given beside it replace the saved ones
     cuda: bool = True  # train on the GPU; without one, on the CPU
     torch_deterministic: bool = True  # only deterministic cuDNN kernels; off may be faster
@@ -86,8 +87,8 @@ class Args:
     wandb_project_name: str = "single-file-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team; None: your own account
 
-    num_envs: int = 8  # games played side by side; there are no more gradient steps per step than with one
-    buffer_size: int = 1_000_000  # steps to learn from, 7 kB each on the disk; more are more diverse, and older
+    num_envs: int = 8  # games played side by side; more play faster, the number of gradient steps stays the same
+    buffer_size: int = 1_000_000  # steps to learn from, 7 kB each on the disk; larger holds older, more diverse ones
     learning_starts: int = 80_000  # steps before the first gradient step; until then the buffer fills
     train_frequency: int = 4  # steps per gradient step; fewer learn more from each step, and cost more time
     batch_size: int = 32  # transitions per gradient step (M)
@@ -238,7 +239,8 @@ class Agent(nn.Module):
 
     def forward(self, obs):
         """obs (N, 4, 84, 84) uint8 -> Q-values (N, A)"""
-        return self.network(obs.contiguous(memory_format=torch.channels_last).float().div_(255))
+        x = obs.contiguous(memory_format=torch.channels_last).float()  # a copy, as obs is bytes
+        return self.network(x.div_(255))
 
     def act(self, obs, greedy):
         """obs (N, 4, 84, 84) uint8 -> actions (N,) int64: the best ones, or exploring as at the end of training."""
@@ -259,68 +261,74 @@ class ReplayBuffer:
     """The last `capacity` steps of N games, each frame stored once; a stack of 4 is put together when it is sampled.
 
     A ring of rows, one for each step of all games. A row holds the newest frame of what each agent saw, what it did and
-    what came of it; the frame that it saw next is the next row's. Where a game was cut off, the next row is already
-    another game's, so the last frame is kept aside.
+    what came of it; the frame that it saw next is the next row's. Where a game was truncated, the next row is already
+    another game's, so its final frame is kept aside.
 
-    The rows lie in a file that is mapped into memory: the system keeps of it what it has room for, and writes it to the
-    disk in its own time. So they outlive the program. A checkpoint only says which rows it counts on; these stay as
-    they are until `spare` more steps have been added.
+    The rows lie in a file that is mapped into memory: the operating system keeps of it what it has room for, and writes
+    it to the disk in its own time. So they outlive the program. A checkpoint only says which rows it counts on; these
+    stay as they are until `spare` more steps have been added.
     """
 
     def __init__(self, path, obs, capacity, spare, saved=None):
         """path: the file. obs: (N, 4, 84, 84) uint8, the first observations. capacity, spare: steps of all games.
 
-        saved: the state_dict() to go on from, if the file is still there; else a new one is made.
+        saved: the state_dict() to go on from, with its file; else the file is made anew.
         """
         N, self.stack, *frame = obs.shape
-        self.capacity = capacity // N  # rows that can be sampled
-        self.num_rows = self.capacity + self.stack + spare // N + 1  # also the oldest stack, and one incomplete row
-        self.path = path
+        self.path, self.max_filled = path, capacity // N
+        self.num_rows = self.max_filled + self.stack + spare // N + 1  # also the oldest stack, and one incomplete row
         self.count = self.filled = 0  # rows completed so far, and how many of them can be sampled
-        self.last_frames = {}  # row -> {n: last frame of game n, which was cut off after that row's step}
+        self.final_frames = {}  # row -> {n: final frame of game n, which was truncated in that row's step}
         if saved:
             self.num_rows, self.count = saved["num_rows"], saved["count"]
-            for t, n, last_frame in zip(*saved["last_frames"], strict=True):
-                self.last_frames.setdefault(t, {})[n] = last_frame.numpy()
+            for t, n, final_frame in zip(*saved["final_frames"], strict=True):
+                self.final_frames.setdefault(t, {})[n] = final_frame.numpy()
 
         fields = [
             ("frame", np.uint8, frame),
             ("action", np.uint8),
             ("reward", np.float32),
             ("terminated", bool),  # no future after this step
-            ("older", np.uint8),  # how many frames before this one are of the same game, up to 3
+            ("num_earlier", np.uint8),  # frames of the same game that its stack holds besides, up to 3
         ]
         size = self.num_rows * N * np.dtype(fields).itemsize
-        if not saved:
-            allocate(path, size + 8)
-        self.file = np.memmap(path, fields, "r+", shape=(self.num_rows, N))
+        self.file_size = size + 16
+        try:
+            if not saved:
+                allocate(path, self.file_size)
+            self.file = np.memmap(path, fields, "r+", shape=(self.num_rows, N))
+            self.tail = np.memmap(path, np.int64, "r+", offset=size, shape=2)  # highest count ever; the file's identity
+        except OSError as error:
+            what = f"{path} of {self.file_size / 1e9:.1f} GB could not be made or mapped ({error.strerror})"
+            fail(f"{what}: lower --buffer-size or --save-freq.")
         self.rows = self.file.view(np.ndarray)  # the same memory; indexing a memmap takes longer
-        self.furthest = np.memmap(path, np.int64, "r+", offset=size, shape=1)  # highest count that was ever reached
         if saved:  # the run may have gone further than its checkpoint, and overwritten the oldest rows
-            intact = self.num_rows - self.stack - int(self.furthest[0] - self.count)
+            intact = self.num_rows - self.stack - int(self.tail[0] - self.count)
             self.filled = max(0, min(saved["filled"], intact))
+        else:
+            self.tail[1] = int.from_bytes(os.urandom(7))
         self.begin_row(obs, 0)
 
-    def begin_row(self, obs, older):
+    def begin_row(self, obs, num_earlier):
         """Write what was seen to the row that waits for its action."""
         row = self.rows[self.count % self.num_rows]  # (N,)
-        row["frame"], row["older"] = obs[:, -1], older
-        self.last_frames.pop(self.count % self.num_rows, None)
+        row["frame"], row["num_earlier"] = obs[:, -1], num_earlier
+        self.final_frames.pop(self.count % self.num_rows, None)
 
-    def add(self, actions, rewards, terminated, ended, cut_off, next_obs):
+    def add(self, actions, rewards, terminated, ended, final_obs, next_obs):
         """Complete a row, and begin the next one with what was seen then. Arrays of N.
 
         terminated: no future, as after a lost life; ended: a new game begins, and its stack with it.
-        cut_off: {n: last observation of game n, (4, 84, 84)} where a game was truncated; next_obs has the next one's.
+        final_obs: {n: final observation (4, 84, 84)} of the truncated games; next_obs is already of the new ones.
         """
         t = self.count % self.num_rows
         row = self.rows[t]
         row["action"], row["reward"], row["terminated"] = actions, rewards, terminated
-        if cut_off:
-            self.last_frames[t] = {int(n): obs[-1].copy() for n, obs in cut_off.items()}
-        self.count, self.filled = self.count + 1, min(self.filled + 1, self.capacity)
-        self.furthest[0] = max(self.furthest[0], self.count)
-        self.begin_row(next_obs, np.where(ended, 0, np.minimum(row["older"] + 1, self.stack - 1)))
+        if final_obs:
+            self.final_frames[t] = {int(n): obs[-1].copy() for n, obs in final_obs.items()}
+        self.count, self.filled = self.count + 1, min(self.filled + 1, self.max_filled)
+        self.tail[0] = max(self.tail[0], self.count)
+        self.begin_row(next_obs, np.where(ended, 0, np.minimum(row["num_earlier"] + 1, self.stack - 1)))
 
     def sample(self, batch_size):
         """Transitions drawn uniformly: frames, actions, rewards, terminated, as tensors.
@@ -332,34 +340,40 @@ class ReplayBuffer:
         t, n = (self.count - ages) % self.num_rows, torch.randint(self.rows.shape[1], (batch_size,)).numpy()
         offsets = np.arange(1 - self.stack, 2)  # -3, -2, -1, 0, 1
         frames = self.rows["frame"][(t[:, None] + offsets) % self.num_rows, n[:, None]]  # (M, 5, 84, 84)
-        frames[-offsets > self.rows["older"][t, n][:, None]] = 0  # the stack of a new game starts with zeros
+        frames[-offsets > self.rows["num_earlier"][t, n][:, None]] = 0  # the stack of a new game starts with zeros
         for i, (row, game) in enumerate(zip(t, n, strict=True)):
-            if game in self.last_frames.get(row, ()):
-                frames[i, -1] = self.last_frames[row][game]
+            if game in self.final_frames.get(row, ()):
+                frames[i, -1] = self.final_frames[row][game]
         columns = frames, *(self.rows[name][t, n] for name in ("action", "reward", "terminated"))
         types = torch.uint8, torch.int64, torch.float32, torch.bool
         return [torch.as_tensor(np.asarray(x), dtype=dtype) for x, dtype in zip(columns, types, strict=True)]
 
     def state_dict(self):
-        """What a checkpoint needs beside the file. For who goes on from it, the games of this moment were cut off."""
+        """What a checkpoint needs beside the file. To a resumed run, the games in progress count as truncated here."""
         newest = (self.count - 1) % self.num_rows
-        seen_last = dict(enumerate(self.rows["frame"][self.count % self.num_rows]))
-        last_frames = self.last_frames | {newest: seen_last | self.last_frames.get(newest, {})}
-        t, n, frames = zip(*((t, n, frame) for t in last_frames for n, frame in last_frames[t].items()), strict=True)
+        in_progress = dict(enumerate(self.rows["frame"][self.count % self.num_rows]))
+        final_frames = self.final_frames | {newest: in_progress | self.final_frames.get(newest, {})}
+        t, n, frames = zip(*((t, n, frame) for t in final_frames for n, frame in final_frames[t].items()), strict=True)
         return {
             "count": self.count,
             "filled": self.filled,
-            "last_frames": (t, n, torch.from_numpy(np.stack(frames))),
+            "final_frames": (t, n, torch.from_numpy(np.stack(frames))),
             "num_rows": self.num_rows,
-            "capacity": self.capacity,
+            "max_filled": self.max_filled,
             "num_envs": self.rows.shape[1],
-            "file_size": self.path.stat().st_size,
+            "file_size": self.file_size,
+            "identity": int(self.tail[1]),
         }
 
     def flush(self):
-        """Wait until all rows are on the disk. Most are: the system writes them as they come."""
-        self.file.flush()
-        self.furthest.flush()
+        """Wait until all rows are on the disk, and return whether they are. The system writes most as they come."""
+        try:
+            self.file.flush()
+            self.tail.flush()
+        except OSError as error:
+            print(f"{self.path} could not be written: {error}", file=sys.stderr, flush=True)
+            return False
+        return True
 
 
 def allocate(path, size):
@@ -370,28 +384,33 @@ def allocate(path, size):
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):  # not on Windows and macOS
                 os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        path.unlink()
-        fail(f"{path} of {size / 1e9:.1f} GB could not be made ({error.strerror}): lower --buffer-size.")
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def check_disk(args):
     """Refuse a replay buffer that the disk has no room for, before anything is written."""
     needed = (args.buffer_size + min(args.save_freq, args.total_timesteps)) * 84 * 84
     folder = Path(args.run_dir or "runs").absolute()
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if os.path.exists(path))).free
+    if os.path.exists(folder / "replay.bin"):
+        free += os.path.getsize(folder / "replay.bin")  # which is replaced
     if needed > free:
         gb = f"{needed / 1e9:.1f} GB on the disk, of which {free / 1e9:.1f} GB are free"
-        fail(f"--buffer-size {args.buffer_size} needs {gb}: lower it, or choose another --run-dir.", code=2)
+        fail(f"--buffer-size {args.buffer_size} and --save-freq {args.save_freq} need {gb}: lower them.", code=2)
 
 
 def kept_replay(checkpoint, args):
-    """What a checkpoint says of its replay buffer, if one can go on with it: same sizes, and the file is there."""
-    if not checkpoint or args.run_dir is None:
+    """What a checkpoint says of its replay buffer, if the file is still there; None if a new one must be filled."""
+    saved, file = checkpoint.get("replay"), Path(args.run_dir or "") / "replay.bin"
+    if args.run_dir is None or not isinstance(saved, dict) or not file.is_file():
         return None
-    saved, file = checkpoint["replay"], Path(args.run_dir) / "replay.bin"
-    same_sizes = (saved["num_envs"], saved["capacity"]) == (args.num_envs, args.buffer_size // args.num_envs)
-    return saved if same_sizes and file.is_file() and file.stat().st_size == saved["file_size"] else None
+    if np.fromfile(file, np.int64, offset=saved["file_size"] - 8).tolist() != [saved["identity"]]:
+        return None  # the file of another buffer
+    if (saved["num_envs"], saved["max_filled"]) != (args.num_envs, args.buffer_size // args.num_envs):
+        fail(f"--num-envs and --buffer-size must stay as they were, or {file} be removed: a new one is then filled.", 2)
+    return saved
 
 
 # ---- Learning ----
@@ -467,6 +486,7 @@ def save_checkpoint(run_dir, args, global_step, agent, optimizer, **more):
             os.fsync(file.fileno())  # else the new name could reach the disk before what it names
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of some
+        unfinished.unlink(missing_ok=True)
         print(f"{path} could not be written and is left out: {error}", file=sys.stderr, flush=True)
         return False
     return True
@@ -508,10 +528,11 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def restore(checkpoint, agent, optimizer):
-    """Put network, optimizer and random numbers back to where they were saved."""
+def restore(checkpoint, optimizer, **modules):
+    """Put networks, optimizer and random numbers back to where they were saved. Environments start anew, on new seeds."""
     try:
-        agent.load_state_dict(checkpoint["model"])
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"]["torch"])
         if torch.cuda.is_initialized() and checkpoint["rng"]["cuda"] is not None:
@@ -642,24 +663,28 @@ def train(args, signals=()):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)
-    torch.set_flush_denormal(
-        True
-    )  # tiny numbers are 0: Adam's averages for dead weights get there, and slow down a CPU
+    # Adam's averages for dead weights fade to numbers so small that a CPU is slow with them: take them for 0.
+    torch.set_flush_denormal(True)
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     global_step = checkpoint["global_step"] if checkpoint else 0
     if global_step >= args.total_timesteps:
         print(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.")
         return Path(args.resume).parents[1]
-    saved_replay = kept_replay(checkpoint, args)
+    saved_replay = kept_replay(checkpoint, args) if checkpoint else None
     if not saved_replay:
         check_disk(args)
-    envs = make_envs(args, args.num_envs, spread_seed(1, args.seed, global_step), training=True)
+        if global_step + args.learning_starts >= args.total_timesteps:
+            fail("--total-timesteps leaves no step to learn in, once a new replay buffer is filled: train longer.", 2)
+    starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
+    env_seed = spread_seed(1, args.seed, global_step, starts)  # not that of an earlier start from the same checkpoint
+    envs = make_envs(args, args.num_envs, env_seed, training=True)
     agent, target_agent = Agent(envs, args).to(device), Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    target_agent.load_state_dict(agent.state_dict())
     if checkpoint:
-        restore(checkpoint, agent, optimizer)
-    target_agent.load_state_dict(checkpoint["target_model"] if checkpoint else agent.state_dict())
+        restore(checkpoint, optimizer, model=agent, target_model=target_agent)
+        optimizer.param_groups[0]["lr"] = args.learning_rate  # the flag, should it have changed
 
     run_dir, _lock = open_run(args)
     writer = open_writer(args, run_dir, global_step)
@@ -668,9 +693,9 @@ def train(args, signals=()):
     obs, _ = envs.reset()  # (N, 4, 84, 84) uint8
     spare = min(args.save_freq, args.total_timesteps)
     buffer = ReplayBuffer(run_dir / "replay.bin", obs, args.buffer_size, spare, saved_replay)
-    remembered = buffer.filled * args.num_envs  # fewer than at the checkpoint, if its rows are gone: they are made anew
-    missing = min(args.learning_starts, buffer.capacity * args.num_envs) - remembered
-    learning_starts = max(args.learning_starts, global_step + missing)
+    remembered = buffer.filled * args.num_envs
+    missing = min(args.learning_starts, buffer.max_filled * args.num_envs) - remembered  # to fill before learning
+    learning_starts = max(args.learning_starts, global_step + max(0, missing))
     plan = f"steps {global_step:,} to {args.total_timesteps:,}, learning from {learning_starts:,} on"
     plan += f" with learning rate {args.learning_rate:.3g}, epsilon {annealed_epsilon(args, global_step):.3g}"
     if checkpoint:
@@ -692,8 +717,8 @@ def train(args, signals=()):
             actions = epsilon_greedy(agent(torch.as_tensor(obs, device=device)), epsilon).cpu().numpy()
         obs, rewards, terminated, truncated, infos = envs.step(actions)
         ended = terminated | truncated
-        cut_off = {n: infos["final_obs"][n] for n in np.flatnonzero(truncated)}  # `obs` is already the next game's
-        buffer.add(actions, rewards, terminated | infos["life_lost"], ended, cut_off, obs)
+        final_obs = {n: infos["final_obs"][n] for n in np.flatnonzero(truncated)}  # `obs` is already the next game's
+        buffer.add(actions, rewards, terminated | infos["life_lost"], ended, final_obs, obs)
 
         episode_return += infos["raw_rewards"]
         episode_length += 1
@@ -728,7 +753,7 @@ def train(args, signals=()):
                 for name, value in metrics.items():
                     writer.add_scalar(f"losses/{name}", value, global_step)
             writer.add_scalar("charts/epsilon", epsilon, global_step)
-            writer.add_scalar("charts/learning_rate", args.learning_rate, global_step)
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
             writer.add_scalar("charts/SPS", (global_step - start_step) / (time.monotonic() - start_time), global_step)
             if recent_returns:
                 bar.set_postfix_str(f"return {np.mean(recent_returns):.1f} (last {len(recent_returns)})", refresh=False)
@@ -737,9 +762,8 @@ def train(args, signals=()):
         # Save
         if finished or global_step >= next_save:
             writer.flush()
-            buffer.flush()
             more = {"target_model": target_agent.state_dict(), "replay": buffer.state_dict()}
-            saved = save_checkpoint(run_dir, args, global_step, agent, optimizer, **more)
+            saved = buffer.flush() and save_checkpoint(run_dir, args, global_step, agent, optimizer, **more)
             next_save = (global_step // args.save_freq + 1) * args.save_freq
 
     bar.close()
@@ -748,12 +772,12 @@ def train(args, signals=()):
     if broken:
         newest = (list_checkpoints(run_dir) or ["none"])[-1]
         fail(f"{broken[0]} after {global_step:,} steps; last good checkpoint: {newest}. Try a smaller --learning-rate.")
-    if signals:
-        print(f"Stopped after {global_step:,} steps. Go on: python {Path(__file__).name} --resume {run_dir}")
-        sys.exit(128 + signals[0])
     if not saved:
         fail(f"the last checkpoint of {run_dir} could not be written; --resume goes on from the newest that was.")
-    buffer.path.unlink()  # nobody needs it any more
+    if global_step < args.total_timesteps:
+        print(f"Stopped after {global_step:,} steps. Go on: python {Path(__file__).name} --resume {run_dir}")
+        sys.exit(128 + signals[0])
+    buffer.path.unlink(missing_ok=True)  # nobody needs it any more
     print(f"Done. Score it: python evaluate.py {run_dir}")
     return run_dir
 

@@ -14,7 +14,7 @@
 """Score a checkpoint: whole episodes of the real game, on raw rewards.
 
     python evaluate.py runs/<run>                           # the newest checkpoint of a run
-    python evaluate.py runs/<run> --episodes 100 --greedy   # always the likeliest action
+    python evaluate.py runs/<run> --episodes 100 --greedy   # always the best action
     python evaluate.py runs/<run> --all                     # every checkpoint, into TensorBoard as eval/episodic_return
 
 A checkpoint names the script that wrote it. Environment and agent are built by that script, which must lie beside this
@@ -75,7 +75,7 @@ class Args:
     episodes: int = 10  # whole episodes to play; more narrow the interval
     num_envs: int | None = None  # environments side by side; None: one for each episode, at most 16
     seed: int = 1  # of environments and sampled actions
-    greedy: bool = False  # always the likeliest action, instead of acting as in training
+    greedy: bool = False  # always the best action, instead of acting as in training
     cuda: bool = False  # run the network on the GPU
     all: bool = False  # score every checkpoint of the run, and write the curve to its eval/ folder
     json: str | None = None  # also write the result to this file

@@ -375,6 +375,7 @@ def save_checkpoint(run_dir, args, global_step, agent, optimizer, **more):
             os.fsync(file.fileno())  # else the new name could reach the disk before what it names
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of some
+        unfinished.unlink(missing_ok=True)
         print(f"{path} could not be written and is left out: {error}", file=sys.stderr, flush=True)
         return False
     return True
@@ -416,10 +417,11 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def restore(checkpoint, agent, optimizer):
-    """Put network, optimizer and random numbers back to where they were saved."""
+def restore(checkpoint, optimizer, **modules):
+    """Put networks, optimizer and random numbers back to where they were saved. Environments start anew, on new seeds."""
     try:
-        agent.load_state_dict(checkpoint["model"])
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"]["torch"])
         if torch.cuda.is_initialized() and checkpoint["rng"]["cuda"] is not None:
@@ -557,12 +559,14 @@ def train(args, signals=()):
     if global_step >= args.total_timesteps:
         print(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.")
         return Path(args.resume).parents[1]
-    envs = make_envs(args, args.num_envs, spread_seed(1, args.seed, global_step), training=True)
+    starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
+    env_seed = spread_seed(1, args.seed, global_step, starts)  # not that of an earlier start from the same checkpoint
+    envs = make_envs(args, args.num_envs, env_seed, training=True)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     rollout = Rollout(args.num_steps, envs, device)
     if checkpoint:
-        restore(checkpoint, agent, optimizer)
+        restore(checkpoint, optimizer, model=agent)
 
     run_dir, _lock = open_run(args)
     writer = open_writer(args, run_dir, global_step)
@@ -657,11 +661,12 @@ def train(args, signals=()):
         newest = (list_checkpoints(run_dir) or ["none"])[-1]
         fail(f"{broken[0]} after {global_step:,} steps; last good checkpoint: {newest}. Try a smaller --learning-rate.")
     if signals:
-        save_checkpoint(run_dir, args, global_step, agent, optimizer)
-        print(f"Stopped after {global_step:,} steps. Go on: python {Path(__file__).name} --resume {run_dir}")
-        sys.exit(128 + signals[0])
+        saved = save_checkpoint(run_dir, args, global_step, agent, optimizer)
     if not saved:
         fail(f"the last checkpoint of {run_dir} could not be written; --resume goes on from the newest that was.")
+    if signals:
+        print(f"Stopped after {global_step:,} steps. Go on: python {Path(__file__).name} --resume {run_dir}")
+        sys.exit(128 + signals[0])
     print(f"Done. Score it: python evaluate.py {run_dir}")
     return run_dir
 

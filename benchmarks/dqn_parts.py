@@ -1,7 +1,10 @@
 """Where the time of dqn_atari.py goes, and what its replay buffer costs.
 
-python benchmarks/dqn_parts.py time --num-envs 8   # milliseconds per gradient step of a short run, by part
-python benchmarks/dqn_parts.py memory              # fills the default buffer: memory, and time to sample on the way
+    python benchmarks/dqn_parts.py time --num-envs 8   # milliseconds per gradient step of a short run, by part
+    python benchmarks/dqn_parts.py buffer              # fills the default buffer: time to add and to sample, memory
+    python benchmarks/dqn_parts.py buffer --plain      # the same in plain memory instead of a mapped file
+
+The buffer's file, 10.6 GB, is made in the current folder, and removed.
 """
 
 import sys

@@ -132,6 +132,25 @@ def test_runs_with_neighbouring_seeds_share_no_environment_seed(script, tmp_path
     assert np.diff(sorted(seeds)).min() > 4096  # more environments than anyone runs
 
 
+def test_no_two_starts_of_a_run_play_the_same_games(trained, monkeypatch):
+    """Also if the first resumed run is killed before its next checkpoint, and the run is resumed from where it was."""
+    module, run_dir, args = trained
+    make_envs, seeds = module.make_envs, []
+
+    def note_seed(args, n, seed, training):
+        seeds.append(seed)
+        return make_envs(args, n, seed, training)
+
+    monkeypatch.setattr(module, "make_envs", note_seed)
+    monkeypatch.setattr(module, "save_checkpoint", lambda *a, **k: False)
+    more = ["--resume", str(run_dir), "--total-timesteps", str(2 * args.total_timesteps)]
+    for _ in range(2):
+        monkeypatch.setattr("sys.argv", ["x.py", *more])
+        with pytest.raises(SystemExit):
+            module.train(module.read_args())
+    assert len({spread_seed(1, args.seed, 0), *seeds}) == 3
+
+
 def test_resume_goes_on_with_everything(trained, tmp_path, monkeypatch, capsys):
     module, run_dir, args = trained
     before = module.load_checkpoint(module.find_checkpoint(run_dir))
@@ -147,7 +166,8 @@ def test_resume_goes_on_with_everything(trained, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch.optim.Adam, "zero_grad", watch)
     longer = 2 * args.total_timesteps
-    monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir), "--total-timesteps", str(longer)])
+    more = ["--total-timesteps", str(longer), "--learning-rate", "0.003"]
+    monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir), *more])
     resumed = module.read_args()
     assert resumed.num_envs == args.num_envs
     assert module.train(resumed).resolve() == run_dir.resolve()
@@ -158,7 +178,7 @@ def test_resume_goes_on_with_everything(trained, tmp_path, monkeypatch, capsys):
     for ours, theirs in zip(restored["moments"], saved, strict=True):
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     fraction_left = 1 - before["global_step"] / longer if getattr(args, "anneal_lr", False) else 1
-    assert restored["lr"] == pytest.approx(args.learning_rate * fraction_left)
+    assert restored["lr"] == pytest.approx(0.003 * fraction_left)
     assert f"learning rate {restored['lr']:.3g}" in capsys.readouterr().out
     after = module.load_checkpoint(module.find_checkpoint(run_dir))
     assert after["global_step"] >= longer
@@ -269,7 +289,7 @@ def test_what_a_signal_saves_is_what_an_uninterrupted_run_had_then(script, tmp_p
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(number, code, script, tmp_path):
     """Ctrl-C, or what a cluster sends before it kills: what was learned so far is saved."""
-    settings = SHORT[script] | {"total_timesteps": 1_000_000, "save_freq": 1_000_000, "run_dir": "run"}
+    settings = SHORT[script] | {"total_timesteps": 100_000, "save_freq": 100_000, "run_dir": "run"}
     if script == "dqn_atari":
         settings["train_frequency"] = 100  # soon at the first log
     command = [sys.executable, ROOT / f"{script}.py", *flags(settings)]

@@ -1,12 +1,15 @@
 """dqn_atari.py: its replay buffer against one that stores every stack whole, its targets, schedules and counts."""
 
 import copy
+import subprocess
+import sys
+import time
 from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, reload
+from conftest import ROOT, SHORT, flags, reload
 from probes import DelayedReward, Endless, InFrames, RewardFromActionAndObs, TruncatedEndless
 
 import dqn_atari
@@ -42,9 +45,9 @@ class Games:
         transitions = [
             (self.obs[n].tobytes(), seen_next[n].tobytes(), actions[n], rewards[n], terminated[n]) for n in range(N)
         ]
-        cut_off = {n: seen_next[n] for n in np.flatnonzero(kinds == "truncated")}
+        final_obs = {n: seen_next[n] for n in np.flatnonzero(kinds == "truncated")}
         self.obs = np.stack([self.start() if ended[n] else seen_next[n] for n in range(N)])
-        return (actions, rewards, terminated, ended, cut_off, self.obs), transitions
+        return (actions, rewards, terminated, ended, final_obs, self.obs), transitions
 
 
 def check(buffer, stored):
@@ -61,18 +64,19 @@ def check(buffer, stored):
 
 
 def random_buffer(seed, path):
-    """Games, a buffer for them of `rows` rows of capacity, with a random number of spare ones; and `rows`."""
+    """Games, a buffer for them, the rows of its capacity, and the rows that it must have room for besides."""
     random = np.random.default_rng(seed)
     num_envs, rows = random.integers(1, 5), random.integers(1, 40)
     capacity = int(rows * num_envs + random.integers(0, num_envs))  # what is no multiple is rounded down
     games = Games(num_envs, random, random.dirichlet([1, 1, 1]) * random.choice([0.02, 0.2, 0.9]))
-    return games, ReplayBuffer(path, games.obs, capacity, spare=int(random.integers(0, 60))), rows
+    spare = int(random.integers(0, 60))
+    return games, ReplayBuffer(path, games.obs, capacity, spare), rows, -(-spare // num_envs)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_buffer_samples_what_one_of_whole_stacks_holds(seed, tmp_path):
     """Every transition among the last `capacity`, and no other; stacks and next stacks as the agent saw them."""
-    games, buffer, rows = random_buffer(seed, tmp_path / "replay.bin")
+    games, buffer, rows, _ = random_buffer(seed, tmp_path / "replay.bin")
     stored = []
     for step in range(1, 250):
         added, transitions = games.step()
@@ -88,7 +92,7 @@ def test_the_buffer_of_a_checkpoint_is_there_when_the_run_goes_on(seed, tmp_path
 
     If more steps were added than there was room for, the oldest transitions are gone; no other is wrong.
     """
-    games, buffer, rows = random_buffer(seed, tmp_path / "replay.bin")
+    games, buffer, rows, num_spare = random_buffer(seed, tmp_path / "replay.bin")
     random, num_envs, stored = np.random.default_rng(seed), games.num_envs, []
     for _ in range(random.integers(1, 150)):
         added, transitions = games.step()
@@ -97,7 +101,7 @@ def test_the_buffer_of_a_checkpoint_is_there_when_the_run_goes_on(seed, tmp_path
     torch.save(buffer.state_dict(), tmp_path / "state.pt")
     torch.manual_seed(seed)
     before = buffer.sample(100)
-    num_spare, furthest = buffer.num_rows - rows - STACK, 0
+    furthest = 0
 
     for _ in range(2):
         further = int(random.choice([num_spare // 2, num_spare, num_spare + 3, num_spare + 100]))
@@ -113,14 +117,14 @@ def test_the_buffer_of_a_checkpoint_is_there_when_the_run_goes_on(seed, tmp_path
             assert buffer.filled * num_envs == len(stored)
         if buffer.filled:
             check(buffer, stored[-buffer.filled * num_envs :])
-        assert furthest < num_spare + rows + STACK or not buffer.filled
+        assert furthest <= num_spare + rows + STACK or not buffer.filled
 
     restored = stored[-buffer.filled * num_envs :] if buffer.filled else []
-    for _ in range(60):
+    for step in range(60):
         added, transitions = games.step()
         buffer.add(*added)
         restored = (restored + transitions)[-rows * num_envs :]
-        if len(restored) < 20 * num_envs or _ == 59:
+        if step % 7 == 3:
             check(buffer, restored)
 
 
@@ -214,10 +218,10 @@ def test_epsilon_is_the_chance_of_a_random_action():
     assert (epsilon_greedy(q_values, 0.0) == 1).all()
 
 
-def train(tmp_path, monkeypatch, probe=RewardFromActionAndObs, life_lost=False, **settings):
+def train(tmp_path, monkeypatch, probe=RewardFromActionAndObs, life_lost=False, signals=(), **settings):
     """The folder of a run on a probe."""
     monkeypatch.setattr(dqn_atari, "make_envs", lambda args, n, seed, training: InFrames(probe, n, life_lost))
-    return dqn_atari.train(Args(**SHORT["dqn_atari"] | {"run_dir": str(tmp_path / "run")} | settings))
+    return dqn_atari.train(Args(**SHORT["dqn_atari"] | {"run_dir": str(tmp_path / "run")} | settings), signals)
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 3, 8, 64])
@@ -226,25 +230,26 @@ def test_gradient_steps_and_targets_come_when_a_single_game_would_bring_them(
     num_envs, learning_starts, train_frequency, tmp_path, monkeypatch
 ):
     """And the transition that was made at that step can be sampled then."""
-    updates, copies, epsilons = [], [], []
+    updates, copies, epsilons, explored = [], [], [], []
     monkeypatch.setattr(dqn_atari, "dqn_update", lambda *a: updates.append(len(copies)) or torch.zeros(2))
     monkeypatch.setattr(dqn_atari, "update_target", lambda *a: copies.append(len(updates)))
     monkeypatch.setattr(dqn_atari.nn.utils, "get_total_norm", lambda grads: torch.zeros(()))
     monkeypatch.setattr(
         dqn_atari, "annealed_epsilon", lambda args, step: epsilons.append(step) or annealed_epsilon(args, step)
     )
+    monkeypatch.setattr(dqn_atari, "epsilon_greedy", lambda q, epsilon: explored.append(epsilon) or q.argmax(-1))
     settings = dict(learning_starts=learning_starts, train_frequency=train_frequency, target_network_frequency=20)
+    settings["exploration_fraction"] = 0.5
     run_dir = train(tmp_path, monkeypatch, num_envs=num_envs, buffer_size=128, total_timesteps=192, **settings)
     due = [step for step in range(1, 193) if step > learning_starts and step % train_frequency == 0]
     assert len(updates) == len(due)
     copies_due = [step for step in range(1, 193) if step > learning_starts and step % 20 == 0]
     assert copies == [sum(update <= step for update in due) for step in copies_due]  # each after its own updates
     assert epsilons[1:] == list(range(0, 192, num_envs))  # the first is what the first line says
-    assert reload_step(run_dir) == 192
-
-
-def reload_step(run_dir):
-    return dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))["global_step"]
+    checkpoint = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))
+    assert checkpoint["global_step"] == 192
+    args = Args(**checkpoint["args"])
+    assert explored == [annealed_epsilon(args, step) for step in range(0, 192, num_envs)]
 
 
 class Colorful(Endless):
@@ -323,18 +328,91 @@ def test_resume_goes_on_with_target_network_and_replay(tmp_path, monkeypatch, ca
     assert not (run_dir / "replay.bin").exists()  # the run is finished
 
 
-@pytest.mark.parametrize("change", ["file", "num_envs", "buffer_size"])
-def test_resume_without_the_replay_file_fills_a_new_one_before_it_learns(change, tmp_path, monkeypatch, capsys):
+def test_resume_without_the_replay_file_fills_a_new_one_before_it_learns(tmp_path, monkeypatch, capsys):
     run_dir = train(tmp_path, monkeypatch, total_timesteps=80)  # removes its file at the end
-    if change != "file":
-        checkpoint = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))
-        (run_dir / "replay.bin").write_bytes(bytes(checkpoint["replay"]["file_size"]))
-    flags = {"file": [], "num_envs": ["--num-envs", 4], "buffer_size": ["--buffer-size", 34]}[change]
-    seen = resume(run_dir, monkeypatch, "--total-timesteps", 120, *flags)
+    seen = resume(run_dir, monkeypatch, "--total-timesteps", 120)
     assert len(seen) == (120 - 80 - SHORT["dqn_atari"]["learning_starts"]) // 4
     out = capsys.readouterr().out
     assert "learning from 96 on" in out
     assert "0 steps in the replay buffer" in out
+
+
+def test_the_file_of_another_buffer_is_not_taken_for_the_checkpoints(tmp_path, monkeypatch, capsys):
+    """A finished run is resumed, makes a new file of the same size, and is killed before its next checkpoint."""
+    run_dir = train(tmp_path, monkeypatch, total_timesteps=80)
+    monkeypatch.setattr(dqn_atari, "save_checkpoint", lambda *a, **k: False)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            resume(run_dir, monkeypatch, "--total-timesteps", 120)
+        assert (run_dir / "replay.bin").exists()
+        assert "0 steps in the replay buffer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", [("--num-envs", 4), ("--buffer-size", 34)])
+def test_resume_with_other_sizes_is_refused_and_leaves_the_file(changed, tmp_path, monkeypatch, capsys):
+    signals = [15]
+    with pytest.raises(SystemExit):
+        train(tmp_path, monkeypatch, signals=signals)
+    content = (tmp_path / "run" / "replay.bin").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        resume(tmp_path / "run", monkeypatch, *changed)
+    assert stop.value.code == 2
+    assert "--num-envs and --buffer-size" in capsys.readouterr().err
+    assert (tmp_path / "run" / "replay.bin").read_bytes() == content
+
+
+def test_after_kill_9_the_buffer_is_that_of_the_checkpoint(tmp_path):
+    """Killed while it plays on; compared, bit for bit, with a run that was stopped at the step of the checkpoint."""
+    settings = SHORT["dqn_atari"] | {"save_freq": 60, "total_timesteps": 100_000}
+    command = [sys.executable, ROOT / "dqn_atari.py", *flags(settings), "--run-dir", "killed"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("killed/checkpoints/*.pt"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    path = dqn_atari.find_checkpoint(tmp_path / "killed")
+    killed = dqn_atari.load_checkpoint(path)
+
+    signals, add = [], ReplayBuffer.add
+    with pytest.MonkeyPatch.context() as patch:
+
+        def add_and_stop(buffer, *row):
+            add(buffer, *row)
+            if 2 * buffer.count == killed["global_step"]:
+                signals.append(15)
+
+        patch.setattr(ReplayBuffer, "add", add_and_stop)
+        with pytest.raises(SystemExit):
+            dqn_atari.train(Args(**settings, run_dir=str(tmp_path / "stopped")), signals)
+    stopped = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(tmp_path / "stopped"))
+    assert stopped["global_step"] == killed["global_step"]
+    batches = []
+    for name, checkpoint in (("killed", killed), ("stopped", stopped)):
+        obs = np.zeros((2, 4, 84, 84), np.uint8)
+        file = tmp_path / name / "replay.bin"
+        buffer = ReplayBuffer(file, obs, settings["buffer_size"], settings["save_freq"], checkpoint["replay"])
+        assert buffer.filled == 16
+        torch.manual_seed(0)
+        batches.append(buffer.sample(1000))
+    assert all(torch.equal(x, y) for x, y in zip(*batches, strict=True))
+    assert all(torch.equal(killed["model"][key], stopped["model"][key]) for key in killed["model"])
+
+
+@pytest.mark.parametrize("broken", [{"replay": 3}, {"target_model": {"a": 1}}, {"target_model": None}])
+def test_a_checkpoint_of_an_edited_copy_gets_one_sentence(broken, tmp_path, monkeypatch, capsys):
+    run_dir = train(tmp_path, monkeypatch)
+    path = dqn_atari.find_checkpoint(run_dir)
+    torch.save(dqn_atari.load_checkpoint(path) | broken, path)
+    capsys.readouterr()
+    if "replay" in broken:
+        resume(run_dir, monkeypatch, "--total-timesteps", 120)
+        assert "0 steps in the replay buffer" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit) as stop:
+            resume(run_dir, monkeypatch, "--total-timesteps", 120)
+        assert stop.value.code == 1
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_evaluation_explores_as_much_as_the_checkpoint_says(tmp_path):

@@ -34,7 +34,8 @@ def test_what_is_reloaded_acts_as_what_was_saved(script, tmp_path, monkeypatch):
     for _ in range(20):
         obs = torch.as_tensor(obs)
         with torch.no_grad():
-            assert torch.equal(made[0](obs)[0], agent(obs)[0])
+            for ours, theirs in zip(made[0](obs), agent(obs), strict=True):
+                assert torch.equal(ours, theirs)
             greedy = agent.act(obs, greedy=True)
             assert greedy.dtype == torch.int64
             assert torch.equal(made[0].act(obs, greedy=True), greedy)
