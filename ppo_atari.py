@@ -439,7 +439,7 @@ def load_checkpoint(path):
 
 
 def restore(checkpoint, optimizer, **modules):
-    """Put networks, optimizer and random numbers back to where they were saved. Environments start anew, on new seeds."""
+    """Put networks, optimizer and random numbers back to where they were saved. Environments start from new seeds."""
     try:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
