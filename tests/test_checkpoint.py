@@ -286,12 +286,20 @@ def test_what_a_signal_saves_is_what_an_uninterrupted_run_had_then(script, tmp_p
     assert all(torch.equal(saved["model"][key], expected["model"][key]) for key in expected["model"])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(number, code, script, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "number", "code"),
+    [
+        ("ppo_cartpole", signal.SIGINT, 130),
+        ("ppo_cartpole", signal.SIGTERM, 143),
+        ("ppo_atari", signal.SIGTERM, 143),
+        ("dqn_atari", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_saves_and_says_how_to_go_on(script, number, code, tmp_path):
     """Ctrl-C, or what a cluster sends before it kills: what was learned so far is saved."""
     settings = SHORT[script] | {"total_timesteps": 100_000, "save_freq": 100_000, "run_dir": "run"}
     if script == "dqn_atari":
-        settings["train_frequency"] = 100  # soon at the first log
+        settings |= {"train_frequency": 100, "num_envs": 8}  # soon at the first log
     command = [sys.executable, ROOT / f"{script}.py", *flags(settings)]
     process = subprocess.Popen(command, cwd=tmp_path, text=True, **PIPES)
     while not (events := list(tmp_path.glob("run/events.*"))) or events[0].stat().st_size < 5000:
@@ -305,7 +313,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, script, tmp_path):
     step = SCRIPTS[script].load_checkpoint(checkpoint)["global_step"]
     assert step > 0
     assert stdout.splitlines()[-1] == f"Stopped after {step:,} steps. Go on: python {script}.py --resume run"
-    updates = stride(SCRIPTS[script].Args(**SHORT[script]))
+    updates = stride(SCRIPTS[script].Args(**settings))
     assert step % updates == 0
     done = run(f"{script}.py", "--resume", "run", "--total-timesteps", step + updates, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
