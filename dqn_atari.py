@@ -33,6 +33,7 @@ start with zeros, not with copies of the first frame. (4) and (5) are how ale-py
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -87,7 +88,7 @@ class Args:
     wandb_project_name: str = "single-file-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team; None: your own account
 
-    num_envs: int = 8  # games played side by side; more play faster, the number of gradient steps stays the same
+    num_envs: int = 8  # games played side by side; the number of gradient steps stays the same
     buffer_size: int = 1_000_000  # steps to learn from, 7 kB each on the disk; larger holds older, more diverse ones
     learning_starts: int = 80_000  # steps before the first gradient step; until then the buffer fills
     train_frequency: int = 4  # steps per gradient step; fewer learn more from each step, and cost more time
@@ -344,9 +345,9 @@ class ReplayBuffer:
         for i, (row, game) in enumerate(zip(t, n, strict=True)):
             if game in self.final_frames.get(row, ()):
                 frames[i, -1] = self.final_frames[row][game]
-        columns = frames, *(self.rows[name][t, n] for name in ("action", "reward", "terminated"))
-        types = torch.uint8, torch.int64, torch.float32, torch.bool
-        return [torch.as_tensor(np.asarray(x), dtype=dtype) for x, dtype in zip(columns, types, strict=True)]
+        actions = self.rows["action"][t, n].astype(np.int64)  # as gather() wants them
+        batch = (frames, actions, self.rows["reward"][t, n], self.rows["terminated"][t, n])
+        return [torch.from_numpy(x) for x in batch]
 
     def state_dict(self):
         """What a checkpoint needs beside the file. To a resumed run, the games in progress count as truncated here."""
@@ -424,9 +425,9 @@ def annealed_epsilon(args, global_step):
 
 @torch.no_grad()
 def td_target(target_agent, rewards, next_obs, terminated, gamma):
-    """What an action was worth: its reward and the best Q-value after it (Mnih et al. 2015, Methods). Returns (M,).
+    """The TD target, (M,): reward and discounted best Q-value of what was seen next (Mnih et al. 2015, Methods).
 
-    next_obs is also that of a game that was cut off: only a terminated one has no future.
+    A truncated game still has its next_obs: only a terminated one has no future.
     """
     return rewards + gamma * target_agent(next_obs).max(-1).values * ~terminated
 
@@ -486,8 +487,9 @@ def save_checkpoint(run_dir, args, global_step, agent, optimizer, **more):
             os.fsync(file.fileno())  # else the new name could reach the disk before what it names
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of some
-        unfinished.unlink(missing_ok=True)
         print(f"{path} could not be written and is left out: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # in a folder that is read-only by now, nothing can be removed
+            unfinished.unlink()
         return False
     return True
 
@@ -705,7 +707,7 @@ def train(args, signals=()):
     next_log, next_save = global_step + 1000, (global_step // args.save_freq + 1) * args.save_freq
     start_time, start_step = time.monotonic(), global_step
 
-    losses = []  # of each gradient step since the last log
+    losses = []  # loss and mean Q-value of each gradient step since the last log
     episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
     recent_returns = deque(maxlen=100)
     finished, broken = False, []

@@ -30,6 +30,7 @@ and --target-kl keeps one run in twenty from collapsing near the end.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -375,8 +376,9 @@ def save_checkpoint(run_dir, args, global_step, agent, optimizer, **more):
             os.fsync(file.fileno())  # else the new name could reach the disk before what it names
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of some
-        unfinished.unlink(missing_ok=True)
         print(f"{path} could not be written and is left out: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # in a folder that is read-only by now, nothing can be removed
+            unfinished.unlink()
         return False
     return True
 

@@ -76,7 +76,7 @@ class Plain(np.ndarray):
     """Stands in for numpy.memmap: memory that belongs to no file."""
 
     def __new__(cls, path, dtype, mode, shape, offset=0):
-        return super().__new__(cls, shape, dtype)
+        return np.zeros(shape, dtype).view(cls)
 
     def flush(self):
         pass
@@ -89,7 +89,7 @@ def held(kind):
 
 
 def fill_buffer(capacity: int = 1_000_000, spare: int = 500_000, num_envs: int = 8, plain: bool = False):
-    """Fill a buffer with random frames, and go on until every row of its file has been written."""
+    """Fill a buffer with random frames, and go on until every row has been written twice."""
     if plain:
         dqn_atari.np.memmap, spare = Plain, 0
         dqn_atari.allocate = lambda path, size: path.write_bytes(b"")
@@ -97,7 +97,7 @@ def fill_buffer(capacity: int = 1_000_000, spare: int = 500_000, num_envs: int =
     zeros = np.zeros(num_envs)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         buffer = dqn_atari.ReplayBuffer(Path(folder) / "replay.bin", obs, capacity, spare)
-        marks = [int(buffer.capacity * share) for share in (0.01, 0.1, 0.5, 1)] + [buffer.num_rows + buffer.capacity]
+        marks = [int(buffer.max_filled * share) for share in (0.01, 0.1, 0.5, 1)] + [2 * buffer.num_rows]
         last, start = 0, time.perf_counter()
         for row in range(1, marks[-1] + 1):
             buffer.add(zeros, zeros, zeros > 0, zeros > 0, {}, obs)

@@ -229,7 +229,7 @@ def train(tmp_path, monkeypatch, probe=RewardFromActionAndObs, life_lost=False, 
 def test_gradient_steps_and_targets_come_when_a_single_game_would_bring_them(
     num_envs, learning_starts, train_frequency, tmp_path, monkeypatch
 ):
-    """And the transition that was made at that step can be sampled then."""
+    """So does the fall of epsilon, which is the one that actions are drawn with."""
     updates, copies, epsilons, explored = [], [], [], []
     monkeypatch.setattr(dqn_atari, "dqn_update", lambda *a: updates.append(len(copies)) or torch.zeros(2))
     monkeypatch.setattr(dqn_atari, "update_target", lambda *a: copies.append(len(updates)))
