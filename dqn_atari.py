@@ -43,6 +43,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import deque
@@ -516,12 +517,14 @@ def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Runs nothing that is in the file, whoever wrote it, and refuses damaged ones."""
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch.load alone takes a flipped bit for a weight
+            # PyTorch alone takes a flipped bit for a weight. What a flipped bit calls a directory, it does not even read.
+            directories = (info.filename for info in file.infolist() if info.external_attr & 0x10)
+            damaged = file.testzip() or next(directories, None)
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # which one depends on the byte that is wrong
         fail(f"{path} is damaged, or no checkpoint of these scripts ({type(error).__name__}).")
     if damaged:
-        fail(f"{path} is damaged: the checksum of {damaged} is wrong.")
+        fail(f"{path} is damaged: {damaged!r} in it is not what was written.")
     types = {"format": int, "script": str, "args": dict, "global_step": int, "model": dict}
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in types.items()):
         fail(f"{path} is no checkpoint of these scripts.")
@@ -587,6 +590,8 @@ def open_run(args):
             fail(f"{run_dir} already holds {held[-1].name}: go on with --resume {run_dir}, or name another --run-dir.")
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = lock_folder(run_dir)
+        for unfinished in run_dir.glob("checkpoints/*.tmp"):
+            unfinished.unlink()  # of a run that was killed while it saved
         (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
         (run_dir / "script.py").write_bytes(Path(__file__).read_bytes())
     except OSError as error:
@@ -621,17 +626,62 @@ def note_signals():
     return received
 
 
+class Curves(SummaryWriter):
+    """TensorBoard's writer. Where it cannot write, as on a full disk, points are left out and training goes on."""
+
+    failed = False
+
+    def attempt(self, write, *args):
+        if not self.failed:
+            try:
+                write(*args)
+            except Exception as error:  # an OSError or, where TensorFlow is installed, one of its own
+                print(f"{self.log_dir}: curves cannot be written for now: {error}", file=sys.stderr, flush=True)
+                self.failed = True
+
+    def add_scalar(self, tag, value, step):
+        self.attempt(super().add_scalar, tag, value, step)
+
+    def flush(self):
+        """Done before each checkpoint. A failed writer does not recover: the next point opens a new file."""
+        self.attempt(super().flush)
+        if self.failed:
+            self.failed, self.file_writer, self.all_writers = False, None, None
+
+    def close(self):
+        self.attempt(super().close)
+
+
 def open_writer(args, run_dir, global_step):
     """TensorBoard's writer for the run folder. With --track, Weights & Biases receives what is written to it."""
     if args.track:
         import wandb
 
-        project, entity, config = args.wandb_project_name, args.wandb_entity, dataclasses.asdict(args)
-        wandb.init(project=project, entity=entity, config=config, name=run_dir.name, sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what a run wrote after its last checkpoint
+        run_id = run_dir / "wandb_id"  # with which a resumed run goes on in the same curves
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            config=dataclasses.asdict(args),
+            name=run_dir.name,
+            sync_tensorboard=True,
+            id=run_id.read_text() if args.resume and run_id.exists() else None,
+            resume="allow",
+        )
+        run_id.write_text(wandb.run.id)
+    threading.excepthook = thread_failed
     rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}", global_step)
+    try:
+        writer = Curves(run_dir, purge_step=global_step + 1)  # hides what a run wrote after its last checkpoint
+        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}", global_step)
+    except OSError as error:
+        fail(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
     return writer
+
+
+def thread_failed(failure):
+    """TensorBoard writes in a thread. What stops it reaches Curves too, and is a sentence there, not a traceback."""
+    if not type(failure.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failure)
 
 
 class Lines:

@@ -379,6 +379,18 @@ def test_a_flipped_bit_in_a_weight_is_refused(checkpoint_file, capsys):
     assert "damaged" in refusal(checkpoint_file, capsys)
 
 
+def test_a_weight_that_a_flipped_bit_calls_a_directory_is_refused(checkpoint_file, capsys):
+    """torch.load leaves the memory of its weights as it found it, and all checksums are right."""
+    whole = bytearray(checkpoint_file.read_bytes())
+    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"/data/0"))  # of a weight, in the central directory
+    whole[entry + 38] |= 0x10  # its external file attributes (APPNOTE.TXT, 4.3.12)
+    checkpoint_file.write_bytes(whole)
+    with zipfile.ZipFile(checkpoint_file) as file:
+        assert file.testzip() is None
+    assert torch.load(checkpoint_file, weights_only=True)["format"] == 1  # torch alone does not notice
+    assert "damaged" in refusal(checkpoint_file, capsys)
+
+
 def test_other_formats_and_foreign_files_are_refused(checkpoint_file, tmp_path, capsys):
     checkpoint = load_checkpoint(checkpoint_file)
     torch.save(checkpoint | {"format": 2}, tmp_path / "newer.pt")
