@@ -517,7 +517,7 @@ def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Runs nothing that is in the file, whoever wrote it, and refuses damaged ones."""
     try:
         with zipfile.ZipFile(path) as file:
-            # PyTorch alone takes a flipped bit for a weight. What a flipped bit calls a directory, it does not even read.
+            # PyTorch alone takes a flipped bit for a weight, and skips a weight that a flipped bit calls a directory.
             directories = (info.filename for info in file.infolist() if info.external_attr & 0x10)
             damaged = file.testzip() or next(directories, None)
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
 import numpy as np
@@ -190,6 +191,33 @@ def test_resume_goes_on_with_everything(trained, tmp_path, monkeypatch, capsys):
     assert module.train(module.read_args()) == run_dir.resolve()
     assert "is finished" in capsys.readouterr().out
     assert before == sorted((path.name, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
+
+
+def test_resume_goes_on_with_the_random_numbers(trained, monkeypatch):
+    module, run_dir, args = trained
+    before = module.load_checkpoint(module.find_checkpoint(run_dir))["rng"]["torch"]
+    open_run, states = module.open_run, []
+    monkeypatch.setattr(module, "open_run", lambda args: states.append(torch.get_rng_state()) or open_run(args))
+    monkeypatch.setattr(
+        "sys.argv", ["x.py", "--resume", str(run_dir), "--total-timesteps", str(2 * args.total_timesteps)]
+    )
+    torch.manual_seed(5)
+    module.train(module.read_args())
+    assert torch.equal(states[0], before)
+
+
+def test_a_tracked_run_goes_on_in_the_same_curves_of_wandb(tmp_path, monkeypatch):
+    """What W&B is told; W&B itself needs an account and a network."""
+    module, told = SCRIPTS["ppo_cartpole"], []
+    wandb = types.SimpleNamespace(init=lambda **settings: told.append(settings), run=types.SimpleNamespace(id="abc"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: True)
+    run_dir = module.train(module.Args(run_dir=str(tmp_path / "run"), track=True, **SHORT["ppo_cartpole"]))
+    monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir), "--total-timesteps", "1200"])
+    module.train(module.read_args())
+    module.train(module.Args(run_dir=str(tmp_path / "other"), track=True, **SHORT["ppo_cartpole"]))
+    assert [settings["id"] for settings in told] == [None, "abc", None]
+    assert {settings["resume"] for settings in told} == {"allow"}
 
 
 def test_what_a_run_wrote_after_its_last_checkpoint_is_not_doubled(tmp_path, monkeypatch):
