@@ -17,6 +17,8 @@
     python evaluate.py runs/<run>
 
 For every *NoFrameskip and ALE/*-v5 game of ale-py. A step is one decision of the agent: 4 frames of the game.
+`torchrun --nproc-per-node=K ppo_atari.py` shares the games among K processes: gradients are averaged over them,
+advantages normalized within each one's part of a minibatch.
 
 Hyperparameters are those of openai/baselines, where the published scores come from; the paper has 3 epochs, a clip
 range that falls to 0 and a larger weight of the value loss. Also from baselines, and not in the paper: orthogonal
@@ -35,6 +37,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -342,8 +345,11 @@ def ppo_loss(agent, minibatch, args):
     return loss, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def ppo_update(agent, optimizer, batch, args):
-    """Epochs of minibatch steps on `batch`, which Rollout.flatten made. Returns each metric's mean over all steps."""
+def ppo_update(agent, optimizer, batch, args, mean=torch.mean):
+    """Epochs of minibatch steps on `batch`, which Rollout.flatten made. Returns each metric's mean over all steps.
+
+    mean: takes that of an epoch's KL divergences; where several processes learn together, they must agree on it.
+    """
     batch_size, device = len(batch[0]), batch[0].device
     steps = []  # metrics of each gradient step, left on the device: reading them here would wait for it every time
     for _ in range(args.update_epochs):
@@ -356,7 +362,7 @@ def ppo_update(agent, optimizer, batch, args):
             steps.append(metrics)
         if args.target_kl is not None:
             epoch = steps[-args.num_minibatches :]
-            if torch.stack([metrics["approx_kl"] for metrics in epoch]).mean() > args.target_kl:
+            if mean(torch.stack([metrics["approx_kl"] for metrics in epoch])) > args.target_kl:
                 break
     means = torch.stack([torch.stack(list(metrics.values())) for metrics in steps]).mean(0)
     return dict(zip(steps[0], means.tolist(), strict=True))
@@ -620,9 +626,35 @@ def progress_bar(total, initial):
     )
 
 
+def gather(item):
+    """A list of what each rank has for `item`. A process that torchrun did not start is the only one."""
+    if not torch.distributed.is_initialized():
+        return [item]
+    items = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(items, item)
+    return items
+
+
 def train(args, signals=()):
-    """Train as `args` say, until the end or until there is something in `signals`. Returns the run folder."""
+    """Train as `args` say, until the end or until there is something in `signals`. Returns the run folder.
+
+    torchrun starts several processes, or ranks. Each plays its share of the games and learns from it; what ends an
+    epoch or the run, they decide together, for none can take a gradient step alone. Rank 0 logs and saves.
+    """
+    rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    num_envs = args.num_envs // num_ranks  # games of this rank
+    if args.cuda and 0 < torch.cuda.device_count() <= int(os.environ.get("LOCAL_RANK", 0)):
+        fail("torchrun started more processes than there are GPUs here: lower --nproc-per-node, or --no-cuda.", 2)
+    if args.num_envs % num_ranks or num_envs * args.num_steps % args.num_minibatches:
+        share = f"equal parts of them, whose steps --num-minibatches {args.num_minibatches} divides"
+        fail(f"--num-envs {args.num_envs} must give each of the {num_ranks} processes {share}.", code=2)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if num_ranks > 1:
+        torch.distributed.init_process_group()  # NCCL between GPUs, gloo between CPUs
+        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun passes on what may have reached us already: no second
+            signal.signal(number, lambda number, frame: signals.append(number))
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the GPU of this rank
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.manual_seed(args.seed)
 
@@ -632,36 +664,44 @@ def train(args, signals=()):
         print(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.")
         return Path(args.resume).parents[1]
     starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
+    starts = min(gather(starts))  # before any rank adds one
     env_seed = spread_seed(1, args.seed, global_step, starts)  # not that of an earlier start from the same checkpoint
-    envs = make_envs(args, args.num_envs, env_seed, training=True)
+    envs = make_envs(args, num_envs, env_seed + rank * num_envs, training=True)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     rollout = Rollout(args.num_steps, envs, device)
     if checkpoint:
         restore(checkpoint, optimizer, model=agent)
+    learner = agent  # the same network, as ppo_update sees it
+    if num_ranks > 1:
+        learner = nn.parallel.DistributedDataParallel(agent)  # averages gradients over the ranks in backward()
+        torch.manual_seed(spread_seed(3, args.seed, global_step, starts, rank))  # ranks draw actions of their own
 
-    run_dir, _lock = open_run(args)
-    writer = open_writer(args, run_dir, global_step)
-    on_cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
-    where = torch.cuda.get_device_name() if device.type == "cuda" else on_cpu
-    plan = f"steps {global_step:,} to {args.total_timesteps:,}, learning rate {annealed_lr(args, global_step):.3g}"
-    if checkpoint:
-        plan += f" (last {optimizer.param_groups[0]['lr']:.3g})"
-    print(f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}, {plan}, in {run_dir}", flush=True)
-    bar = progress_bar(args.total_timesteps, global_step)
+    if rank == 0:
+        run_dir, _lock = open_run(args)
+        writer = open_writer(args, run_dir, global_step)
+        on_cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
+        where = torch.cuda.get_device_name() if device.type == "cuda" else on_cpu
+        where += f" ({num_ranks} processes)" if num_ranks > 1 else ""
+        plan = f"steps {global_step:,} to {args.total_timesteps:,}, learning rate {annealed_lr(args, global_step):.3g}"
+        if checkpoint:
+            plan += f" (last {optimizer.param_groups[0]['lr']:.3g})"
+        print(f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}, {plan}, in {run_dir}", flush=True)
+        bar = progress_bar(args.total_timesteps, global_step)
     next_save = (global_step // args.save_freq + 1) * args.save_freq
     start_time, start_step = time.monotonic(), global_step
 
     obs, _ = envs.reset()
     next_obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=device)  # (N, 4, 84, 84) uint8
-    episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
+    episode_return, episode_length = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
     recent_returns = deque(maxlen=100)
-    broken = []
+    stop, broken = 0, []
 
-    while global_step < args.total_timesteps and not signals:
+    while global_step < args.total_timesteps:
         optimizer.param_groups[0]["lr"] = annealed_lr(args, global_step)
 
         # Collect
+        episodes = []  # step, return and length of those that ended
         with torch.no_grad():
             for t in range(args.num_steps):
                 if signals:
@@ -685,12 +725,10 @@ def train(args, signals=()):
                 episode_length += 1
                 for i in np.flatnonzero(terminated | truncated):
                     # Each environment's step has a number of its own, so that episodes ending together all show.
-                    step = global_step + t * args.num_envs + int(i) + 1
-                    writer.add_scalar("charts/episodic_return", episode_return[i], step)
-                    writer.add_scalar("charts/episodic_length", episode_length[i], step)
-                    recent_returns.append(episode_return[i])
+                    step = global_step + t * args.num_envs + rank * num_envs + int(i) + 1
+                    episodes.append((step, episode_return[i], episode_length[i]))
                     episode_return[i] = episode_length[i] = 0
-            if signals:
+            if stop := max(gather(signals[0] if signals else 0)):
                 break  # this rollout is dropped
             global_step += args.num_steps * args.num_envs
 
@@ -704,12 +742,20 @@ def train(args, signals=()):
 
         # Learn
         batch = rollout.flatten(advantages, returns)
-        metrics = ppo_update(agent, optimizer, batch, args)
+        ranks = gather(ppo_update(learner, optimizer, batch, args, mean=lambda x: np.mean(gather(x.mean().item()))))
+        metrics = {name: np.mean([metrics[name] for metrics in ranks]) for name in ranks[0]}
         if broken := not_finite(metrics):
             break
 
         # Log
-        metrics["explained_variance"] = (1 - (returns - rollout.values).var() / returns.var()).item()
+        metrics["explained_variance"] = np.mean(gather((1 - (returns - rollout.values).var() / returns.var()).item()))
+        episodes = gather(episodes)
+        if rank > 0:
+            continue  # rank 0 logs and saves
+        for step, episodic_return, episodic_length in sorted(itertools.chain(*episodes)):
+            writer.add_scalar("charts/episodic_return", episodic_return, step)
+            writer.add_scalar("charts/episodic_length", episodic_length, step)
+            recent_returns.append(episodic_return)
         for name, value in metrics.items():
             writer.add_scalar(f"losses/{name}", value, global_step)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
@@ -724,19 +770,23 @@ def train(args, signals=()):
             saved = save_checkpoint(run_dir, args, global_step, agent, optimizer)
             next_save = (global_step // args.save_freq + 1) * args.save_freq
 
-    bar.close()
     envs.close()
+    if num_ranks > 1:
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return None
+    bar.close()
     writer.close()
     if broken:
         newest = (list_checkpoints(run_dir) or ["none"])[-1]
         fail(f"{broken[0]} after {global_step:,} steps; last good checkpoint: {newest}. Try a smaller --learning-rate.")
-    if signals:
+    if stop:
         saved = save_checkpoint(run_dir, args, global_step, agent, optimizer)
     if not saved:
         fail(f"the last checkpoint of {run_dir} could not be written; --resume goes on from the newest that was.")
-    if signals:
+    if stop:
         print(f"Stopped after {global_step:,} steps. Go on: python {Path(__file__).name} --resume {run_dir}")
-        sys.exit(128 + signals[0])
+        sys.exit(128 + stop)
     print(f"Done. Score it: python evaluate.py {run_dir}")
     return run_dir
 

@@ -321,8 +321,11 @@ def ppo_loss(agent, minibatch, args):
     return loss, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def ppo_update(agent, optimizer, batch, args):
-    """Epochs of minibatch steps on `batch`, which Rollout.flatten made. Returns each metric's mean over all steps."""
+def ppo_update(agent, optimizer, batch, args, mean=torch.mean):
+    """Epochs of minibatch steps on `batch`, which Rollout.flatten made. Returns each metric's mean over all steps.
+
+    mean: takes that of an epoch's KL divergences; where several processes learn together, they must agree on it.
+    """
     batch_size, device = len(batch[0]), batch[0].device
     steps = []  # metrics of each gradient step, left on the device: reading them here would wait for it every time
     for _ in range(args.update_epochs):
@@ -335,7 +338,7 @@ def ppo_update(agent, optimizer, batch, args):
             steps.append(metrics)
         if args.target_kl is not None:
             epoch = steps[-args.num_minibatches :]
-            if torch.stack([metrics["approx_kl"] for metrics in epoch]).mean() > args.target_kl:
+            if mean(torch.stack([metrics["approx_kl"] for metrics in epoch])) > args.target_kl:
                 break
     means = torch.stack([torch.stack(list(metrics.values())) for metrics in steps]).mean(0)
     return dict(zip(steps[0], means.tolist(), strict=True))

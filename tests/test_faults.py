@@ -241,11 +241,14 @@ def test_the_second_signal_ends_the_program_at_once(number, tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(1)
-    process.send_signal(number)
-    time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(number)
-    assert process.wait(timeout=10) == -number
+    try:
+        process.send_signal(number)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(timeout=10) == -number
+    finally:
+        process.kill()
 
 
 @pytest.mark.slow
