@@ -16,6 +16,7 @@
     python evaluate.py runs/<run>                           # the newest checkpoint of a run
     python evaluate.py runs/<run> --episodes 100 --greedy   # always the best action
     python evaluate.py runs/<run> --all                     # every checkpoint, into TensorBoard as eval/episodic_return
+    python evaluate.py runs/<run> --video film.mp4          # films the episodes; --render shows them in a window
 
 A checkpoint names the script that wrote it. Environment and agent are built by that script, which must lie beside this
 file or be given with --script; it needs the three names Args, make_envs and Agent (with act(obs, greedy)).
@@ -24,7 +25,9 @@ file or be given with --script; it needs the three names Args, make_envs and Age
 import importlib.util
 import json
 import re
+import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +82,8 @@ class Args:
     cuda: bool = False  # run the network on the GPU
     all: bool = False  # score every checkpoint of the run, and write the curve to its eval/ folder
     json: str | None = None  # also write the result to this file
+    render: bool = False  # show the episodes in a window, one after the other, as fast as a person would play
+    video: str | None = None  # film the episodes, one after the other, into this .mp4 file
     script: str | None = None  # the training script, where it is not the one beside this file
 
     def __post_init__(self):
@@ -91,6 +96,12 @@ class Args:
             fail(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}.", code=2)
         if self.all and not Path(self.checkpoint).is_dir():
             fail(f"--all takes a run folder, not {self.checkpoint}.", code=2)
+        if (self.render or self.video) and (self.all or (self.num_envs or 1) > 1):
+            fail(
+                "--render and --video watch one checkpoint play one game at a time: without --all, --num-envs.", code=2
+            )
+        if self.video and (Path(self.video).suffix != ".mp4" or not Path(self.video).parent.is_dir()):
+            fail(f"--video {self.video} cannot be written: it must be an .mp4 in a folder that exists.", code=2)
         if self.json and (Path(self.json).is_dir() or not Path(self.json).parent.is_dir()):
             fail(f"--json {self.json} cannot be written: it must be a file in a folder that exists.", code=2)
 
@@ -167,7 +178,8 @@ def rebuild(path, args, num_envs):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     try:
         script_args = module.Args(**checkpoint["args"])
-        envs = module.make_envs(script_args, num_envs, spread_seed(2, args.seed), training=False)
+        render = {"render": True} if args.render or args.video else {}
+        envs = module.make_envs(script_args, num_envs, spread_seed(2, args.seed), training=False, **render)
         agent = module.Agent(envs, script_args).to(device)
         agent.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError, AttributeError) as error:
@@ -180,8 +192,50 @@ def rebuild(path, args, num_envs):
 # ---- Play ----
 
 
+class Screen:
+    """Shows pictures in a window at the speed of the game, and films them. Neither, if neither was asked for.
+
+    The film is VP9 in an .mp4: what OpenCV can write without further software, and browsers play.
+    """
+
+    def __init__(self, window, film, fps):
+        self.window, self.film, self.fps = window, film, fps
+        self.writer, self.pictures, self.next_time = None, 0, time.monotonic()
+        if window:  # tried in another process: without a display, OpenCV aborts the one that asks
+            code = "import cv2; cv2.namedWindow('')"
+            if subprocess.run([sys.executable, "-c", code], capture_output=True).returncode:
+                fail("--render needs a display, and found none; --video FILE.mp4 works without.")
+
+    def show(self, picture):
+        """picture: (H, W, 3) uint8 RGB, enlarged so that it is at least 400 pixels high."""
+        import cv2
+
+        times = -(-400 // len(picture))
+        picture = picture.repeat(times, axis=0).repeat(times, axis=1)[..., ::-1]  # OpenCV's colors are BGR
+        self.pictures += 1
+        if self.film:
+            if self.writer is None:
+                size = (picture.shape[1], picture.shape[0])
+                self.writer = cv2.VideoWriter(self.film, cv2.VideoWriter_fourcc(*"vp09"), self.fps, size)
+                if not self.writer.isOpened():
+                    fail(f"--video {self.film} cannot be written.")
+            self.writer.write(np.ascontiguousarray(picture))
+        if self.window:
+            self.next_time = max(self.next_time + 1 / self.fps, time.monotonic())
+            cv2.imshow("evaluate.py: q ends it", picture)
+            if cv2.waitKey(max(1, round(1000 * (self.next_time - time.monotonic())))) == ord("q"):
+                raise KeyboardInterrupt
+
+    def close(self):
+        """Complete the film. One that was cut short can be played too."""
+        if self.writer:
+            self.writer.release()
+            length = self.pictures / self.fps
+            print(f"{self.film}: {self.pictures:,} pictures, {length:.1f} s at {self.fps:g} per second", flush=True)
+
+
 @torch.no_grad()
-def play(envs, agent, episodes, greedy, bar):
+def play(envs, agent, episodes, greedy, bar, screen=None):
     """Play whole episodes and return their returns, lengths (steps) and whether they were truncated, each (episodes,).
 
     How many episodes each environment plays is fixed beforehand. Taking the first to finish would favor short ones.
@@ -193,6 +247,8 @@ def play(envs, agent, episodes, greedy, bar):
     episode_return, episode_length = np.zeros(N), np.zeros(N, dtype=np.int64)
     obs, _ = envs.reset()
     while to_play.any():
+        if screen:
+            screen.show(envs.render()[0])
         actions = agent.act(torch.as_tensor(obs, device=device), greedy)
         obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
         episode_return += rewards
@@ -226,15 +282,21 @@ def human_normalized(env_id, score):
 
 def score(path, args):
     """Play --episodes episodes with the checkpoint at `path`; returns all that --json writes."""
-    num_envs = args.num_envs or min(args.episodes, 16)
+    watched = args.render or args.video
+    num_envs = args.num_envs or (1 if watched else min(args.episodes, 16))
     checkpoint, envs, agent = rebuild(path, args, num_envs)
     torch.manual_seed(args.seed)
     env_id, step = checkpoint["args"]["env_id"], checkpoint["global_step"]
     how = "greedy" if args.greedy else "acting as in training"
     where = "the GPU" if next(agent.parameters()).is_cuda else "the CPU (no GPU found)" if args.cuda else "the CPU"
     print(f"{path}: {env_id} after {step:,} steps, {args.episodes} episodes, {how}, on {where}", flush=True)
+    screen = Screen(args.render, args.video, envs.metadata.get("render_fps", 30)) if watched else None
     with tqdm(total=args.episodes, unit="episode", disable=None, leave=False) as bar:  # None: only at a terminal
-        returns, lengths, truncated = play(envs, agent, args.episodes, args.greedy, bar)
+        try:
+            returns, lengths, truncated = play(envs, agent, args.episodes, args.greedy, bar, screen)
+        finally:
+            if screen:
+                screen.close()
     envs.close()
     return {
         "mean_return": float(np.mean(returns)),
@@ -290,4 +352,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        fail("stopped before the last episode ended; nothing was scored.", code=130)

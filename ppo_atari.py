@@ -168,6 +168,7 @@ class AtariGames(VectorWrapper):
             stack_num=4,  # the last 4 pictures, so that one observation shows what moves where
         )
         super().__init__(AtariVectorEnv(game, **seen, **protocol))
+        self.metadata = self.metadata | {"render_fps": 15}  # the console draws 60 pictures a second
         self.training = training
         self.camera = None
         if render:  # the same games once more, as they look: same seed and actions, so the same frames

@@ -20,7 +20,7 @@ import ppo_atari
 PROGRAM = """
 import os, sys, torch, ppo_atari
 from probes import InFrames, RewardFromActionAndObs
-rank, updates = int(os.environ["RANK"]), []
+rank, updates, seeds = int(os.environ["RANK"]), [], []
 ppo_update, ppo_loss, clip = ppo_atari.ppo_update, ppo_atari.ppo_loss, torch.nn.utils.clip_grad_norm_
 copy = lambda xs: [x.detach().clone() for x in xs]
 
@@ -30,7 +30,7 @@ def watch_clip(parameters, *rest):
     return clip(parameters, *rest)
 
 def watch_update(learner, optimizer, batch, *rest, **more):
-    updates.append({"batch": copy(batch), "before": copy(learner.parameters()), "gradients": []})
+    updates.append({"seeds": seeds, "batch": copy(batch), "before": copy(learner.parameters()), "gradients": []})
     metrics = ppo_update(learner, optimizer, batch, *rest, **more)
     updates[-1]["after"] = copy(learner.parameters())
     torch.save(updates, f"rank{rank}.pt")
@@ -43,7 +43,11 @@ def trouble(agent, minibatch, args):
     return loss, metrics
 
 torch.nn.utils.clip_grad_norm_, ppo_atari.ppo_update = watch_clip, watch_update
-ppo_atari.make_envs = lambda args, n, seed, training: InFrames(RewardFromActionAndObs, n)
+def make_envs(args, n, seed, training):
+    seeds.append(seed)
+    return InFrames(RewardFromActionAndObs, n)
+
+ppo_atari.make_envs = make_envs
 if "TROUBLE" in os.environ:
     ppo_atari.ppo_loss = trouble
 ppo_atari.train(ppo_atari.read_args(), ppo_atari.note_signals())
@@ -92,6 +96,7 @@ def test_two_processes_learn_as_one(launchers, tmp_path):
     updates = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert len(updates[0]) == len(updates[1]) == 3
     args = ppo_atari.Args(**ONE_STEP)
+    assert updates[1][0]["seeds"] == [updates[0][0]["seeds"][0] + 1]  # the games that one process would play
     for ours, theirs in zip(*updates, strict=True):
         assert not torch.equal(ours["batch"][1], theirs["batch"][1])  # actions
         agents = [ppo_atari.Agent(InFrames(RewardFromActionAndObs, 1), args) for _ in range(2)]
@@ -125,19 +130,32 @@ def test_what_one_process_finds_all_act_on(trouble, code, gradient_steps, tmp_pa
         assert "value_loss is nan after 32 steps" in text
 
 
-@pytest.mark.parametrize("whom", [pytest.param("torchrun", marks=pytest.mark.slow), "all"])
-def test_sigterm_ends_all_with_one_checkpoint(whom, tmp_path):
-    """Sent to torchrun, which passes it on, or, as some clusters do, to every process as well."""
-    (process,) = launch(tmp_path, ONE_STEP | {"total_timesteps": 10_000_000, "save_freq": 200})
-    while not list(tmp_path.glob("run/checkpoints/*.pt")):
+@pytest.mark.parametrize("whom", [pytest.param("torchrun", marks=pytest.mark.slow), "one", "all"])
+def test_sigterm_ends_all_with_a_checkpoint(whom, tmp_path):
+    """Sent to torchrun, which passes it on; to one process only; or, as some clusters do, to every one, torchrun too.
+
+    In the last case each gets it twice, during an update of about a second.
+    """
+    settings = ONE_STEP | {"total_timesteps": 10_000_000, "save_freq": 10_000, "update_epochs": 100}
+    (process,) = launch(tmp_path, settings)
+    while not (events := list(tmp_path.glob("run/events.*"))) or events[0].stat().st_size < 5000:
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    (os.killpg if whom == "all" else os.kill)(process.pid, signal.SIGTERM)
+    if whom == "one":
+        os.kill(workers(process)[1], signal.SIGTERM)
+    else:
+        (os.killpg if whom == "all" else os.kill)(process.pid, signal.SIGTERM)
     codes, text = finish([process])
     assert codes != [0]
-    path = ppo_atari.find_checkpoint(tmp_path / "run")
+    (path,) = tmp_path.glob("run/checkpoints/*.pt")
     step = ppo_atari.load_checkpoint(path)["global_step"]
     assert f"Stopped after {step:,} steps. Go on: python ppo_atari.py --resume run" in text
+
+
+def workers(process):
+    """Process numbers of what torchrun started, in the order of their ranks."""
+    out = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return sorted(map(int, out.split()))
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path):
@@ -145,8 +163,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path):
     while not list(tmp_path.glob("run/checkpoints/*.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(workers(process)[1], signal.SIGKILL)
     start = time.monotonic()
     codes, _ = finish([process])
     assert codes == [1]
