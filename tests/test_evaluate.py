@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -176,3 +177,65 @@ def test_an_edited_script_gets_a_hint_and_not_a_traceback(old, new, run_dir, tmp
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "--script" in message or "lacks make_envs" in message
+
+
+def read_film(path):
+    """The pictures of a film, (T, H, W, 3) RGB, and how many are shown per second."""
+    film, pictures = cv2.VideoCapture(str(path)), []
+    fps = film.get(cv2.CAP_PROP_FPS)
+    while (read := film.read())[0]:
+        pictures.append(read[1][..., ::-1])
+    return np.stack(pictures), fps
+
+
+@pytest.mark.parametrize(("name", "fps", "size"), [("ppo_cartpole", 50, (400, 600)), ("ppo_atari", 15, (420, 320))])
+def test_a_film_shows_what_was_scored_in_its_own_colors_and_at_its_speed(name, fps, size, tmp_path):
+    module = SCRIPTS[name]
+    path = evaluate.find_checkpoint(module.train(module.Args(run_dir=str(tmp_path / "run"), **SHORT[name])))
+    film = str(tmp_path / "film.mp4")
+    filmed = evaluate.score(path, evaluate.Args(str(path), episodes=1, video=film))
+    assert filmed["returns"] == evaluate.score(path, evaluate.Args(str(path), episodes=1))["returns"]
+    pictures, rate = read_film(film)
+    assert rate == fps
+    assert pictures.shape == (sum(filmed["lengths"]), *size, 3)
+    _, envs, _ = evaluate.rebuild(path, evaluate.Args(str(path), video=film), 1)
+    envs.reset()
+    first = envs.render()[0]
+    shown = pictures[0][:: size[0] // len(first), :: size[0] // len(first)].astype(int)
+    assert np.abs(shown - first).mean() < 6  # VP9 loses a little
+    assert np.abs(shown - first[..., ::-1]).mean() > np.abs(shown - first).mean()
+    assert np.abs(pictures[1].astype(int) - pictures[-2]).max() > 50  # and something moves
+
+
+def test_a_film_that_was_interrupted_can_be_played(run_dir, tmp_path, monkeypatch, capsys):
+    show, shown = evaluate.Screen.show, []
+
+    def interrupt(screen, picture):
+        if len(shown) == 7:
+            raise KeyboardInterrupt
+        shown.append(picture)
+        show(screen, picture)
+
+    monkeypatch.setattr(evaluate.Screen, "show", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(evaluate.Args(str(run_dir), video=str(tmp_path / "film.mp4")))
+    assert len(read_film(tmp_path / "film.mp4")[0]) == 7
+    assert "7 pictures" in capsys.readouterr().out
+
+
+def test_without_a_display_render_says_so(run_dir, tmp_path, monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    done = run("evaluate.py", run_dir, "--render", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "evaluate.py: --render needs a display, and found none; --video FILE.mp4 works without.\n"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"video": "film.avi"}, {"video": "no/folder/film.mp4"}, {"num_envs": 2, "render": True}]
+)
+def test_what_cannot_be_filmed_is_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.Args("runs/x", **wrong)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
