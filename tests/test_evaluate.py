@@ -229,13 +229,3 @@ def test_without_a_display_render_says_so(run_dir, tmp_path, monkeypatch):
     done = run("evaluate.py", run_dir, "--render", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == "evaluate.py: --render needs a display, and found none; --video FILE.mp4 works without.\n"
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"video": "film.avi"}, {"video": "no/folder/film.mp4"}, {"num_envs": 2, "render": True}]
-)
-def test_what_cannot_be_filmed_is_refused(wrong, capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluate.Args("runs/x", **wrong)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
