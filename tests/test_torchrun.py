@@ -89,7 +89,7 @@ def finish(processes):
     return [process.returncode for process in processes], "".join(texts)
 
 
-@pytest.mark.parametrize("launchers", [1, 2])
+@pytest.mark.parametrize("launchers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_processes_learn_as_one(launchers, tmp_path):
     codes, text = finish(launch(tmp_path, ONE_STEP, launchers=launchers))
     assert codes == [0] * launchers, text
@@ -118,7 +118,10 @@ def test_two_processes_learn_as_one(launchers, tmp_path):
     assert text.count("Done.") == 1
 
 
-@pytest.mark.parametrize(("trouble", "code", "gradient_steps"), [("approx_kl 1", 0, 1), ("value_loss nan", 1, 4)])
+@pytest.mark.parametrize(
+    ("trouble", "code", "gradient_steps"),
+    [("approx_kl 1", 0, 1), pytest.param("value_loss nan", 1, 4, marks=pytest.mark.slow)],
+)
 def test_what_one_process_finds_all_act_on(trouble, code, gradient_steps, tmp_path):
     """One has a KL divergence of 1, the other of almost 0: their mean decides. One NaN ends the run of both."""
     settings = ONE_STEP | {"update_epochs": 4, "target_kl": 0.4, "total_timesteps": 32}
@@ -130,7 +133,7 @@ def test_what_one_process_finds_all_act_on(trouble, code, gradient_steps, tmp_pa
         assert "value_loss is nan after 32 steps" in text
 
 
-@pytest.mark.parametrize("whom", [pytest.param("torchrun", marks=pytest.mark.slow), "one", "all"])
+@pytest.mark.parametrize("whom", [*(pytest.param(whom, marks=pytest.mark.slow) for whom in ("torchrun", "all")), "one"])
 def test_sigterm_ends_all_with_a_checkpoint(whom, tmp_path):
     """Sent to torchrun, which passes it on; to one process only; or to every one, torchrun too, as some clusters do.
 
