@@ -233,7 +233,7 @@ def test_a_run_outlives_its_folder(tmp_path):
     assert curve(run_dir, "losses/entropy")[-1][0] == 2048
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_second_signal_ends_the_program_at_once(number, tmp_path):
     settings = {"update_epochs": 10_000_000, "target_kl": 100.0, "run_dir": "run"}  # an update that takes for ever
     process = subprocess.Popen([sys.executable, ROOT / "ppo_cartpole.py", *flags(settings)], cwd=tmp_path, **PIPES)
