@@ -366,9 +366,12 @@ def test_after_kill_9_the_buffer_is_that_of_the_checkpoint(tmp_path):
     settings = SHORT["dqn_atari"] | {"save_freq": 60, "total_timesteps": 100_000}
     command = [sys.executable, ROOT / "dqn_atari.py", *flags(settings), "--run-dir", "killed"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(tmp_path.glob("killed/checkpoints/*.pt"))) < 3:
+    rows = 0
+    while len(list(tmp_path.glob("killed/checkpoints/*.pt"))) < 3 or not 15 < rows % 30 < 25:  # amid 30 to the next
         assert process.poll() is None
         time.sleep(0.01)
+        if (file := tmp_path / "killed" / "replay.bin").exists() and file.stat().st_size:
+            rows = np.fromfile(file, np.int64, offset=file.stat().st_size - 16)[0]  # written so far
     process.kill()
     process.wait()
     path = dqn_atari.find_checkpoint(tmp_path / "killed")
