@@ -100,7 +100,7 @@ def test_help_explains_every_flag(script):
 def commands(file):
     """The `python ...` lines in the code blocks of a Markdown file."""
     blocks = re.findall(r"(?ms)^```(?:bash|sh)\n(.*?)^```", (ROOT / file).read_text())
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [part for line in lines for part in line.split(" && ") if part.startswith("python ") and ".py" in part]
 
 
