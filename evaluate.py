@@ -82,7 +82,7 @@ class Args:
     cuda: bool = False  # run the network on the GPU
     all: bool = False  # score every checkpoint of the run, and write the curve to its eval/ folder
     json: str | None = None  # also write the result to this file
-    render: bool = False  # show the episodes in a window, one after the other, as fast as a person would play
+    render: bool = False  # show the episodes in a window, one after the other, at the speed of the game
     video: str | None = None  # film the episodes, one after the other, into this .mp4 file
     script: str | None = None  # the training script, where it is not the one beside this file
 
@@ -97,9 +97,7 @@ class Args:
         if self.all and not Path(self.checkpoint).is_dir():
             fail(f"--all takes a run folder, not {self.checkpoint}.", code=2)
         if (self.render or self.video) and (self.all or (self.num_envs or 1) > 1):
-            fail(
-                "--render and --video watch one checkpoint play one game at a time: without --all, --num-envs.", code=2
-            )
+            fail("--render and --video show one game at a time: leave out --all and --num-envs.", code=2)
         if self.video and (Path(self.video).suffix != ".mp4" or not Path(self.video).parent.is_dir()):
             fail(f"--video {self.video} cannot be written: it must be an .mp4 in a folder that exists.", code=2)
         if self.json and (Path(self.json).is_dir() or not Path(self.json).parent.is_dir()):
@@ -193,7 +191,7 @@ def rebuild(path, args, num_envs):
 
 
 class Screen:
-    """Shows pictures in a window at the speed of the game, and films them. Neither, if neither was asked for.
+    """Shows pictures in a window at the speed of the game, or films them, or both.
 
     The film is VP9 in an .mp4: what OpenCV can write without further software, and browsers play.
     """
@@ -211,7 +209,7 @@ class Screen:
         import cv2
 
         times = -(-400 // len(picture))
-        picture = picture.repeat(times, axis=0).repeat(times, axis=1)[..., ::-1]  # OpenCV's colors are BGR
+        picture = np.ascontiguousarray(picture.repeat(times, 0).repeat(times, 1)[..., ::-1])  # BGR, as OpenCV has it
         self.pictures += 1
         if self.film:
             if self.writer is None:
@@ -219,7 +217,7 @@ class Screen:
                 self.writer = cv2.VideoWriter(self.film, cv2.VideoWriter_fourcc(*"vp09"), self.fps, size)
                 if not self.writer.isOpened():
                     fail(f"--video {self.film} cannot be written.")
-            self.writer.write(np.ascontiguousarray(picture))
+            self.writer.write(picture)
         if self.window:
             self.next_time = max(self.next_time + 1 / self.fps, time.monotonic())
             cv2.imshow("evaluate.py: q ends it", picture)
@@ -355,4 +353,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
-        fail("stopped before the last episode ended; nothing was scored.", code=130)
+        fail("stopped before the last episode ended.", code=130)

@@ -652,7 +652,8 @@ def train(args, signals=()):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if num_ranks > 1:
         torch.distributed.init_process_group()  # NCCL between GPUs, gloo between CPUs
-        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun passes on what may have reached us already: no second
+        # A Ctrl-C reaches us directly and through torchrun: the second must not end the program at once.
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: signals.append(number))
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the GPU of this rank

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from types import SimpleNamespace
 
 import cv2
 import gymnasium as gym
@@ -221,6 +223,23 @@ def test_a_film_that_was_interrupted_can_be_played(run_dir, tmp_path, monkeypatc
         evaluate.main(evaluate.Args(str(run_dir), video=str(tmp_path / "film.mp4")))
     assert len(read_film(tmp_path / "film.mp4")[0]) == 7
     assert "7 pictures" in capsys.readouterr().out
+
+
+def test_the_window_shows_the_game_at_its_speed_until_q(run_dir, monkeypatch):
+    """OpenCV's window is replaced: a machine that runs tests has no display."""
+    shown = []
+
+    def wait(milliseconds):
+        time.sleep(milliseconds / 1000)
+        return ord("q") if len(shown) == 12 else -1
+
+    monkeypatch.setattr(evaluate.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(cv2, "imshow", lambda title, picture: shown.append((time.monotonic(), picture)))
+    monkeypatch.setattr(cv2, "waitKey", wait)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(evaluate.Args(str(run_dir), render=True))
+    assert shown[-1][0] - shown[0][0] >= 11 / 50 - 0.02  # CartPole's 50 pictures per second, and never more
+    assert shown[0][1].shape == (400, 600, 3)
 
 
 def test_without_a_display_render_says_so(run_dir, tmp_path, monkeypatch):

@@ -184,3 +184,12 @@ def test_games_that_cannot_be_shared_are_refused(tmp_path):
     assert done.returncode == 2
     assert re.fullmatch(r"ppo_atari.py: --num-envs 8 must give each of the 3 processes .*\n", done.stderr)
     assert not (tmp_path / "runs").exists()
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        ppo_atari.train(ppo_atari.Args(run_dir=str(tmp_path / "run")))
+    assert stop.value.code == 2
+    assert "--nproc-per-node" in capsys.readouterr().err
