@@ -77,10 +77,10 @@ def kill_again_and_again(processes, script, times, folder):
         began, played.value = kept, 0
         process = processes.Process(target=start, args=(script, arguments, folder, played))
         process.start()
+        wait_until(lambda: played.value > 0, process)  # by then, a .tmp of the kill before is removed
         if number % 3 == 0:  # while it saves
             wait_until(lambda: list(run_dir.glob("checkpoints/*.tmp")), process)
         else:
-            wait_until(lambda: played.value > 0, process)
             time.sleep(moments.uniform(0, 1))
         process.kill()
         process.join()
