@@ -2,14 +2,17 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/plot.py runs/<run> --out curve.png
-    python benchmarks/plot.py runs/<seed 1> runs/<seed 2> runs/<seed 3> --mean --out curve.png
+    python benchmarks/plot.py runs/<seed 1> runs/<seed 2> runs/<seed 3> --mean --out curve.png --csv curve.csv
+    python benchmarks/plot.py benchmarks/curves/cartpole.csv --mean --lines "most there is=500"
 
 A curve is the running mean of the returns of training episodes. --mean draws one curve for all runs, the mean over
-them, in a band: the 95% bootstrap interval of that mean.
+them, in a band: the 95% bootstrap interval of that mean. --csv keeps the curves in a small file, which can be drawn
+again when the runs are gone.
 """
 
+import csv
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -23,12 +26,14 @@ from matplotlib import pyplot
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[list[Path]]  # run folders
+    runs: tyro.conf.Positional[list[Path]]  # run folders, or files that --csv has written
     out: Path = Path("curve.png")  # the picture: .png, .svg or .pdf
     tag: str = "charts/episodic_return"  # another one that TensorBoard shows, as losses/entropy
     window: int = 20  # points that are averaged; 1 shows each as it is
     mean: bool = False  # one curve for all runs, with its 95% interval
     title: str | None = None  # above the picture
+    lines: list[str] = field(default_factory=list)  # to compare with: "name=value"
+    csv: Path | None = None  # also write the curves here, 200 points each
 
 
 def running_mean(run, tag, window):
@@ -43,19 +48,45 @@ def running_mean(run, tag, window):
     return np.array([point.step for point in points])[window - 1 :], means
 
 
+def load(path, args):
+    """Curves by name: (steps, values), each (T,)."""
+    if path.suffix != ".csv":
+        return {path.resolve().name: running_mean(path, args.tag, args.window)}
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = dict.fromkeys(row["run"] for row in rows)
+    points = {name: [(float(row["step"]), float(row["value"])) for row in rows if row["run"] == name] for name in names}
+    return {name: np.array(points[name]).T for name in names}
+
+
+def save(curves, path):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "step", "value"])
+        for name, (steps, values) in curves.items():
+            for i in np.unique(np.linspace(0, len(steps) - 1, 200).astype(int)):
+                writer.writerow([name, int(steps[i]), round(float(values[i]), 3)])
+
+
 def main(args):
-    curves = [running_mean(run, args.tag, args.window) for run in args.runs]
+    curves = {name: curve for path in args.runs for name, curve in load(path, args).items()}
+    if args.csv:
+        save(curves, args.csv)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     if args.mean:
-        grid = np.linspace(max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves), 300)
-        values = np.stack([np.interp(grid, *curve) for curve in curves])  # (runs, 300)
+        begin, end = max(steps[0] for steps, _ in curves.values()), min(steps[-1] for steps, _ in curves.values())
+        grid = np.linspace(begin, end, 300)
+        values = np.stack([np.interp(grid, *curve) for curve in curves.values()])  # (runs, 300)
         picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
         low, high = np.percentile(values[picks].mean(1), [2.5, 97.5], axis=0)
         axes.plot(grid, values.mean(0), label=f"mean of {len(values)} runs, 95% interval")
         axes.fill_between(grid, low, high, alpha=0.3)
     else:
-        for run, curve in zip(args.runs, curves, strict=True):
-            axes.plot(*curve, label=run.resolve().name)
+        for name, curve in curves.items():
+            axes.plot(*curve, label=name)
+    for i, line in enumerate(args.lines):
+        name, _, value = line.rpartition("=")
+        axes.axhline(float(value), linestyle="--", linewidth=1, color=f"C{i + 1}", label=name)
     axes.set(xlabel="steps", ylabel=f"{args.tag}, mean of {args.window}", title=args.title)
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.3)

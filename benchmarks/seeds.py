@@ -34,6 +34,7 @@ class Args:
     episodes: int = 100  # of each evaluation
     greedy: bool = False  # evaluate with the likeliest actions
     csv: str | None = None  # write the rows here
+    keep: Path | None = None  # keep the run folders in this one; None: remove them
 
 
 def first_reached(run_dir, threshold, start):
@@ -46,16 +47,22 @@ def first_reached(run_dir, threshold, start):
     return None, None
 
 
+def score_of(run_dir, episodes, greedy):
+    """What evaluate.py --json says of a run's last checkpoint."""
+    result = Path(run_dir) / "score.json"
+    command = [sys.executable, ROOT / "evaluate.py", run_dir, "--episodes", str(episodes), "--json", result]
+    subprocess.run(command + ["--greedy"] * greedy, check=True, capture_output=True)
+    return json.loads(result.read_text())
+
+
 def one_run(args, seed, folder):
     """Train with `seed` in `folder`, evaluate; returns the CSV row as a dict."""
-    run_dir, result = Path(folder) / str(seed), Path(folder) / f"{seed}.json"
+    run_dir = Path(folder) / str(seed)
     command = [sys.executable, ROOT / args.script, "--seed", seed, "--run-dir", run_dir, *shlex.split(args.flags)]
     start = time.time()
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     seconds = time.time() - start
-    command = [sys.executable, ROOT / "evaluate.py", run_dir, "--episodes", args.episodes, "--json", result]
-    subprocess.run([str(word) for word in command] + ["--greedy"] * args.greedy, check=True, capture_output=True)
-    score = json.loads(result.read_text())
+    score = score_of(run_dir, args.episodes, args.greedy)
     row = {"seed": seed, "steps": score["global_step"], "seconds": round(seconds, 1)}
     if args.threshold is not None:
         step, after = first_reached(run_dir, args.threshold, start)
@@ -72,7 +79,7 @@ def main(args):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            rows.append(one_run(args, seed, folder))
+            rows.append(one_run(args, seed, args.keep or folder))
             print(rows[-1], flush=True)
     if args.csv:
         with open(args.csv, "w", newline="") as file:

@@ -1,22 +1,28 @@
-"""Steps per second of training commands, run in turn on one machine, and the ratio of the first to each of the others.
+"""Steps per second of training commands on one machine, and the ratio of the first to each of the others.
 
-    python benchmarks/speed.py --start 4000 --stop 8000 "python dqn_atari.py ..." "python /path/to/another.py ..."
+    python benchmarks/speed.py "python ppo_atari.py --no-cuda" "python /path/to/another.py"
 
-Each command runs in an empty folder. The clock is that of its TensorBoard events: any program that writes charts/SPS
-can be compared. Only steps --start to --stop count, so that imports, the first fill of a replay buffer and warming up
-do not. Leave the machine alone meanwhile.
+A machine's speed changes from minute to minute, so the commands take turns: each runs for --seconds while the others
+are stopped (SIGSTOP; not on Windows), and the ratios are those of turns that are neighbors in time. Each command runs
+in an empty folder. The clock is that of its TensorBoard events: any program that writes charts/SPS can be compared. It
+must last for all its turns; what is left of it then is ended. Leave the machine alone meanwhile.
 """
 
+import contextlib
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,36 +30,89 @@ ROOT = Path(__file__).resolve().parents[1]
 @dataclass
 class Args:
     commands: tyro.conf.Positional[list[str]]  # each quoted; `python x.py` is this Python, x.py one of the project's
-    start: int = 4000  # first step that counts
-    stop: int = 8000  # last step that counts; the command must go a little further
-    rounds: int = 3  # how often each command runs
+    warmup: float = 40.0  # seconds of each command before its first turn: imports, a first fill of a replay buffer
+    seconds: float = (
+        40.0  # of a turn; several times as long as the command needs from one point of its curves to the next
+    )
+    rounds: int = 6  # turns of each command
 
 
-def steps_per_second(command, start, stop):
-    """Run a command, and read the rate between two steps from the times of its charts/SPS events."""
-    words = shlex.split(command)
-    if words[0] == "python":
-        words[0] = sys.executable
-    words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{command} failed:\n{done.stderr[-2000:]}")
-        (file,) = Path(folder).rglob("events.*")
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload().Scalars("charts/SPS")
-    events = [event for event in events if start <= event.step <= stop]
-    return (events[-1].step - events[0].step) / (events[-1].wall_time - events[0].wall_time)
+class Run:
+    """A training command that stands still until it is its turn."""
+
+    def __init__(self, command, folder):
+        words = shlex.split(command)
+        if words[0] == "python":
+            words[0] = sys.executable
+        words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words]
+        self.command, self.folder, self.turns = command, Path(folder), []
+        self.output = open(self.folder / "output.txt", "w")
+        self.process = subprocess.Popen(
+            words, cwd=folder, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        self.signal(signal.SIGSTOP)
+
+    def signal(self, number):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)  # with the processes that it started
+
+    def turn(self, seconds):
+        """Let it go on for a while. Returns when that began and ended; None if it is over, which must not happen."""
+        begin = time.time()
+        self.signal(signal.SIGCONT)
+        time.sleep(seconds)
+        if self.process.poll() is not None:
+            return None
+        self.signal(signal.SIGSTOP)
+        return begin, time.time()
+
+    def rates(self):
+        """Steps per second of each turn: from the first to the last point that the command logged in it."""
+        events = []
+        while not events or events[-1].wall_time < self.turns[-1][1]:
+            ended = self.turn(5) is None  # TensorBoard's writer holds events back for up to two minutes
+            (file,) = self.folder.rglob("events.*")
+            curves = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+            events = curves.Scalars("charts/SPS") if "charts/SPS" in curves.Tags()["scalars"] else []
+            if ended:
+                break
+        rates = []
+        for begin, end in self.turns:
+            points = [event for event in events if begin <= event.wall_time <= end]
+            first, last = points[0], points[-1]
+            rates.append((last.step - first.step) / (last.wall_time - first.wall_time))
+        return rates
 
 
 def main(args):
-    rates = np.zeros((args.rounds, len(args.commands)))
-    for i in range(args.rounds):
-        for j, command in enumerate(args.commands):
-            rates[i, j] = steps_per_second(command, args.start, args.stop)
-            print(f"round {i + 1} of {args.rounds}: {rates[i, j]:7.1f} steps/s  {command}", flush=True)
-    for j, command in enumerate(args.commands):
-        ratio = np.median(rates[:, 0] / rates[:, j])
-        print(f"median {np.median(rates[:, j]):7.1f} steps/s, the first is {ratio:.2f} times as fast  {command}")
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for command in args.commands:
+            run = Run(command, stack.enter_context(tempfile.TemporaryDirectory()))
+            stack.callback(run.signal, signal.SIGKILL)
+            runs.append(run)
+        turns = [(run, args.warmup, False) for run in runs] + [(run, args.seconds, True) for run in runs] * args.rounds
+        bar = tqdm(total=sum(seconds for _, seconds, _ in turns), bar_format="{percentage:3.0f}%: {remaining} left")
+        for run, seconds, counts in turns:
+            if run not in runs:
+                continue
+            turn = run.turn(seconds)
+            if turn is None:
+                runs.remove(run)
+                output = (run.folder / "output.txt").read_text()[-2000:]
+                print(f"left out, as it ended too early: {run.command}\n{output}", file=sys.stderr)
+            elif counts:
+                run.turns.append(turn)
+            bar.update(seconds)
+        bar.close()
+        rates = np.array([run.rates() for run in runs])  # (commands, rounds)
+    print("median (lowest to highest) of the turns, and how many times as fast the first command was")
+    for run, rate in zip(runs, rates, strict=True):
+        ratios = rates[0] / rate
+        speed = f"{np.median(rate):7.1f} steps/s ({rate.min():.1f} to {rate.max():.1f})"
+        print(
+            f"{speed}, first / this {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})  {run.command}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""The pictures of docs/debugging.md: runs with one thing broken on purpose, beside runs as they should be.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/symptoms.py --out docs/images
+
+Seed 1 where no other is given: pictures of what a symptom looks like, not measurements of how often it comes.
+"""
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import tyro
+from ablations import train
+from plot import running_mean
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+RETURN, KL, ENTROPY = "charts/episodic_return", "losses/approx_kl", "losses/entropy"
+PONG = "--env-id PongNoFrameskip-v4 --total-timesteps 16000 --learning-starts 2000 --buffer-size 10000 --no-cuda "
+PONG += "--exploration-fraction 0.1 --learning-rate 1e-3 --target-network-frequency 1000"
+CASES = {  # name of the picture: script, flags of both runs, what is broken (flags or an edit), curves to show
+    "does_not_rise": ("ppo_cartpole.py", "", "--learning-rate 1e-6", (RETURN, KL, ENTROPY)),
+    "unstable": ("ppo_cartpole.py", "", "--learning-rate 0.02 --target-kl None", (RETURN, KL, "losses/grad_norm")),
+    "collapse": (  # the one of seeds 1 to 10 with which it happened
+        "ppo_cartpole.py",
+        "--total-timesteps 60000 --seed 3",
+        "--target-kl None",
+        (RETURN, KL, "losses/value_loss"),
+    ),
+    "entropy_at_zero": (
+        "ppo_cartpole.py",
+        "",
+        "--learning-rate 0.02 --target-kl None --clip-coef 1e9",
+        (RETURN, ENTROPY, "losses/clipfrac"),
+    ),
+    "value_loss_explodes": (
+        "ppo_cartpole.py",
+        "",
+        ("rollout.rewards[t] = torch.as_tensor(rewards)", "rollout.rewards[t] = torch.as_tensor(rewards) * 1000"),
+        (RETURN, "losses/value_loss", "losses/grad_norm"),
+    ),
+    "explained_variance": (
+        "ppo_cartpole.py",
+        "",
+        "--vf-coef 0",
+        (RETURN, "losses/explained_variance", "losses/value_loss"),
+    ),
+    "kl_from_the_start": (  # the row holds what was seen after the action, not before
+        "ppo_cartpole.py",
+        "",
+        (
+            "rollout.rewards[t] = torch.as_tensor(rewards)",
+            "rollout.obs[t], rollout.rewards[t] = next_obs, torch.as_tensor(rewards)",
+        ),
+        (RETURN, KL, "losses/clipfrac"),
+    ),
+    "q_values_drift": (  # the target is computed by the network that runs after it
+        "dqn_atari.py",
+        PONG,
+        ("targets = td_target(target_agent,", "targets = td_target(agent,"),
+        ("losses/q_values", "losses/td_loss"),
+    ),
+}
+
+
+@dataclass
+class Args:
+    only: list[str] = field(default_factory=lambda: list(CASES))  # names of pictures; all, if not given
+    out: Path = Path("docs/images")  # folder for the pictures
+    jobs: int = 1  # runs side by side, each on one thread
+
+
+def draw(name, healthy, broken, tags, out):
+    figure, panels = pyplot.subplots(1, len(tags), figsize=(4 * len(tags), 2.8), layout="constrained")
+    for axes, tag in zip(panels, tags, strict=True):
+        for label, run in (("as it should be", healthy), ("broken", broken)):
+            steps, values = running_mean(run, tag, window=20 if tag == RETURN else 1)
+            axes.plot(steps, values, label=label, linewidth=1.2)
+            if values.max() > 1e5 or ("norm" in tag and values.max() > 1e3):
+                axes.set_yscale("symlog" if values.min() < 0 else "log")
+        axes.set(title=tag, xlabel="steps")
+        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(out / f"{name}.png", dpi=90)
+    pyplot.close(figure)
+
+
+def main(args):
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        runs = {}  # (script, flags, what is broken) -> a run's folder, once it is there
+        for name in args.only:
+            script, flags, broken, _ = CASES[name]
+            for change in ("", broken):
+                if (script, flags, change) not in runs:
+                    place = Path(folder) / f"{len(runs)}_{Path(script).stem}"
+                    runs[script, flags, change] = pool.submit(train, script, flags, change, 1, place)
+        for run in tqdm(runs.values(), unit=" runs"):
+            run.result()
+        for name in args.only:
+            script, flags, broken, tags = CASES[name]
+            pair = [runs[script, flags, change].result() for change in ("", broken)]
+            draw(name, *(run_dir for run_dir, _ in pair), tags, args.out)
+            print(args.out / f"{name}.png", *(f"({error})" for _, error in pair if error))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
