@@ -26,6 +26,7 @@ class Args:
 def main(args):
     checkpoint = evaluate.load_checkpoint(evaluate.find_checkpoint(args.run))
     kept = {name: checkpoint[name] for name in ("format", "script", "args", "global_step", "versions")}
+    kept["args"] |= {"run_dir": None, "resume": None}  # of the machine that trained
     weights = checkpoint["model"].items()
     kept["model"] = {name: weight.half() if weight.numel() > 1000 else weight for name, weight in weights}
     torch.save(kept, args.policy)

@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/plot.py runs/<run> --out curve.png
     python benchmarks/plot.py runs/<seed 1> runs/<seed 2> runs/<seed 3> --mean --out curve.png --csv curve.csv
-    python benchmarks/plot.py benchmarks/curves/cartpole.csv --mean --lines "most there is=500"
+    python benchmarks/plot.py benchmarks/curves_cartpole.csv --mean --lines "most there is=500"
 
 A curve is the running mean of the returns of training episodes. --mean draws one curve for all runs, the mean over
 them, in a band: the 95% bootstrap interval of that mean. --csv keeps the curves in a small file, which can be drawn

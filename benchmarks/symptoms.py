@@ -78,11 +78,12 @@ class Args:
 def draw(name, healthy, broken, tags, out):
     figure, panels = pyplot.subplots(1, len(tags), figsize=(4 * len(tags), 2.8), layout="constrained")
     for axes, tag in zip(panels, tags, strict=True):
-        for label, run in (("as it should be", healthy), ("broken", broken)):
-            steps, values = running_mean(run, tag, window=20 if tag == RETURN else 1)
-            axes.plot(steps, values, label=label, linewidth=1.2)
-            if values.max() > 1e5 or ("norm" in tag and values.max() > 1e3):
-                axes.set_yscale("symlog" if values.min() < 0 else "log")
+        curves = [running_mean(run, tag, window=20 if tag == RETURN else 1) for run in (healthy, broken)]
+        for label, curve in zip(("as it should be", "broken"), curves, strict=True):
+            axes.plot(*curve, label=label, linewidth=1.2)
+        low, high = min(values.min() for _, values in curves), max(values.max() for _, values in curves)
+        if high > 1e4:
+            axes.set_yscale("symlog" if low < 0 else "log")
         axes.set(title=tag, xlabel="steps")
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
         axes.grid(alpha=0.3)

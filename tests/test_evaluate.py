@@ -26,6 +26,21 @@ def run_dir(tmp_path):
     return ppo_cartpole.train(ppo_cartpole.Args(run_dir=str(tmp_path / "run"), total_timesteps=768, save_freq=256))
 
 
+@pytest.mark.parametrize("policy", [path.name for path in sorted(ROOT.glob("benchmarks/policies/*.pt"))])
+def test_the_trained_policies_play(policy):
+    """What the repository brings is read by this evaluate.py, and its agent prefers some actions to others."""
+    path = ROOT / "benchmarks/policies" / policy
+    checkpoint, envs, agent = evaluate.rebuild(path, evaluate.Args(checkpoint=str(path)), 2)
+    assert checkpoint["global_step"] > 10_000
+    assert checkpoint["args"]["run_dir"] is None
+    obs = envs.reset()[0]
+    with torch.no_grad():
+        outputs = agent(torch.as_tensor(obs))
+    preferences = outputs[0] if isinstance(outputs, tuple) else outputs
+    assert preferences.isfinite().all()
+    assert preferences.std(-1).min() > 1e-3
+
+
 def test_what_is_reloaded_acts_as_what_was_saved(script, tmp_path, monkeypatch):
     module, made = SCRIPTS[script], []
     agent_class = module.Agent
