@@ -1,8 +1,11 @@
 """What several test files share."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, one on each core; read by the import of torch
 
 import pytest
 import torch
