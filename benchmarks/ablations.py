@@ -1,7 +1,7 @@
 """What each detail of PPO is worth on CartPole: train with one of them changed, over seeds, and compare.
 
     python benchmarks/ablations.py --csv benchmarks/ablations.csv
-    python benchmarks/ablations.py --only "no gradient clipping" "as it is" --seeds 11 12
+    python benchmarks/ablations.py --only "gradients not clipped" "as it is" --seeds 11 12
 
 A change is some flags, or an edit of the source (a text that stands in ppo_cartpole.py exactly once, and what replaces
 it). Each final policy is scored over 100 greedy episodes.
@@ -61,6 +61,10 @@ class Args:
     seeds: list[int] = field(default_factory=lambda: list(range(1, 6)))  # of each change
     jobs: int = 1  # runs side by side, each on one thread
     csv: str | None = None  # write a row per run here
+
+    def __post_init__(self):
+        if unknown := set(self.only) - set(CHANGES):
+            sys.exit(f"ablations.py: --only {sorted(unknown)[0]!r} is none of: {', '.join(CHANGES)}.")
 
 
 def train(script, flags, change, seed, folder):

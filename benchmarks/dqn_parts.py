@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
+from clock import Clock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dqn_atari
@@ -22,41 +22,21 @@ import dqn_atari
 
 def time_parts(env_id: str = "PongNoFrameskip-v4", num_envs: int = 8, steps: int = 4000, cuda: bool = False):
     """Train for `steps` steps after learning has started."""
-    seconds, open_parts = {}, []
-
-    def timed(part, owner, name):
-        function = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            if open_parts:  # part of a part
-                return function(*args, **kwargs)
-            open_parts.append(part)
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            if cuda:
-                torch.cuda.synchronize()
-            if started:
-                seconds[part] = seconds.get(part, 0) + time.perf_counter() - start
-            open_parts.pop()
-            return result
-
-        setattr(owner, name, call)
-
-    started = []  # when gradient step 250 came, after which things have warmed up
+    clock = Clock(cuda)
 
     def update(*args, **kwargs):
         update.count += 1
-        if update.count == 250:
-            started.append(time.perf_counter())
+        if update.count == 250:  # things have warmed up
+            clock.start()
         return gradient_step(*args, **kwargs)
 
     update.count, gradient_step = 0, dqn_atari.dqn_update
     dqn_atari.dqn_update = update
-    timed("environment", dqn_atari.AtariGames, "step")
-    timed("network, to act", dqn_atari.Agent, "forward")
-    timed("buffer, add", dqn_atari.ReplayBuffer, "add")
-    timed("buffer, sample", dqn_atari.ReplayBuffer, "sample")
-    timed("gradient step", dqn_atari, "dqn_update")
+    clock.time("environment", dqn_atari.AtariGames, "step")
+    clock.time("network, to act", dqn_atari.Agent, "forward")
+    clock.time("buffer, add", dqn_atari.ReplayBuffer, "add")
+    clock.time("buffer, sample", dqn_atari.ReplayBuffer, "sample")
+    clock.time("gradient step", dqn_atari, "dqn_update")
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(buffer_size=20_000, learning_starts=1000, exploration_fraction=0.1, cuda=cuda)
         dqn_atari.train(
@@ -64,10 +44,9 @@ def time_parts(env_id: str = "PongNoFrameskip-v4", num_envs: int = 8, steps: int
                 env_id=env_id, num_envs=num_envs, total_timesteps=2000 + steps, run_dir=f"{folder}/run", **settings
             )
         )
-        total = time.perf_counter() - started[0]
+        total = clock.stop()
     count = update.count - 250
-    seconds["all else"] = total - sum(seconds.values())
-    for part, value in seconds.items():
+    for part, value in (clock.seconds | {"all else": total - sum(clock.seconds.values())}).items():
         print(f"{part:16} {1e3 * value / count:6.2f} ms per gradient step, {value / total:4.0%}")
     print(f"{4 * count / total:.1f} steps/s with {num_envs} games")
 

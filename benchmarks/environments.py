@@ -1,8 +1,10 @@
 """The table and the picture of docs/environments.md: vector environments compared, and what the Atari agent sees.
 
-pip install -r benchmarks/requirements.txt
-python benchmarks/environments.py speed
-python benchmarks/environments.py picture --out docs/images/atari_observation.png
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/environments.py speed
+    python benchmarks/environments.py picture --out docs/images/atari_observation.png
+
+Kinds of vector environment take turns, so that they are compared at the same speed of the machine.
 """
 
 import sys
@@ -28,7 +30,7 @@ gym.register_envs(ale_py)
 
 
 def pong():
-    """One game of Pong behind Gymnasium's own wrappers: the same preprocessing as AtariGames, in Python."""
+    """One game of Pong behind Gymnasium's own wrappers: frames as AtariGames makes them, in Python."""
     return FrameStackObservation(AtariPreprocessing(gym.make("PongNoFrameskip-v4"), noop_max=30), 4)
 
 
@@ -51,7 +53,7 @@ MAKERS = {
 
 
 def rate(envs, seconds):
-    """Steps per second of random play, all environments together."""
+    """Steps per second with random actions, all environments together."""
     envs.reset(seed=1)
     actions = np.random.default_rng(1).integers(0, 2, (1000, envs.num_envs))
     start, steps = time.perf_counter(), 0

@@ -1,8 +1,10 @@
 """Make a small GIF of a film, for pages that show pictures but no films.
 
-python evaluate.py runs/<run> --episodes 1 --video film.mp4
-pip install -r benchmarks/requirements.txt
-python benchmarks/gif.py film.mp4 film.gif --start 20 --seconds 10
+    pip install -r benchmarks/requirements.txt
+    python evaluate.py runs/<run> --episodes 1 --video film.mp4
+    python benchmarks/gif.py film.mp4 film.gif --start 20 --seconds 10
+
+It shows 15 pictures a second in at most 32 colors.
 """
 
 import sys

@@ -7,6 +7,7 @@
 Each prints a table. The replay buffer's own is dqn_parts.py; two processes against one, speed.py with torchrun.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -16,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 import tyro
+from clock import Clock
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,50 +29,28 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def games(env_id: str = "PongNoFrameskip-v4", num_steps: int = 32, updates: int = 4, cuda: bool = False):
     """Train for some `updates` of `num_steps` steps per game, of which the first does not count, and time the parts."""
-    seconds, open_parts = {}, []
+    clock = Clock(cuda)
+    clock.time("environment", ppo_atari.AtariGames, "step")
+    clock.time("network, to act", ppo_atari.Agent, "forward")
+    clock.time("update", ppo_atari, "ppo_update")
+    update = ppo_atari.ppo_update
 
-    def timed(part, owner, name):
-        function = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            if open_parts:  # part of a part
-                return function(*args, **kwargs)
-            open_parts.append(part)
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            if cuda:
-                torch.cuda.synchronize()
-            seconds[part] = seconds.get(part, 0) + time.perf_counter() - start
-            open_parts.pop()
-            return result
-
-        setattr(owner, name, call)
-
-    def restart(*args, **kwargs):
-        """The first update is over: count from here on."""
+    def first_update(*args, **kwargs):
+        ppo_atari.ppo_update = update
         result = update(*args, **kwargs)
-        if "begin" not in seconds:
-            seconds.clear()
-            seconds["begin"] = time.perf_counter()
+        clock.start()
         return result
 
-    timed("environment", ppo_atari.AtariGames, "step")
-    timed("network, to act", ppo_atari.Agent, "forward")
-    timed("update", ppo_atari, "ppo_update")
-    update, ppo_atari.ppo_update = ppo_atari.ppo_update, restart
     print("| games | steps/s | environment | network, to act | update | else | memory |\n|---|---|---|---|---|---|---|")
     for num_envs in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        seconds.clear()
+        ppo_atari.ppo_update = first_update
         steps = num_envs * num_steps
         with tempfile.TemporaryDirectory() as folder:
-            args = dict(
-                env_id=env_id, num_envs=num_envs, num_steps=num_steps, total_timesteps=updates * steps, cuda=cuda
-            )
-            stdout, sys.stdout = sys.stdout, sys.stderr
-            ppo_atari.train(ppo_atari.Args(run_dir=f"{folder}/run", **args))
-            sys.stdout = stdout
-        total = time.perf_counter() - seconds.pop("begin")
-        parts = [seconds[part] / total for part in ("environment", "network, to act", "update")]
+            sizes = dict(num_envs=num_envs, num_steps=num_steps, total_timesteps=updates * steps)
+            with contextlib.redirect_stdout(sys.stderr):
+                ppo_atari.train(ppo_atari.Args(env_id=env_id, cuda=cuda, run_dir=f"{folder}/run", **sizes))
+        total = clock.stop()
+        parts = [clock.seconds[part] / total for part in ("environment", "network, to act", "update")]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         shares = " | ".join(f"{part:.0%}" for part in [*parts, 1 - sum(parts)])
         print(f"| {num_envs} | {(updates - 1) * steps / total:.0f} | {shares} | {peak:.2f} GB |", flush=True)

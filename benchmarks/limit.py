@@ -3,8 +3,8 @@
     python benchmarks/speed.py "python ppo_atari.py --no-cuda" "python benchmarks/limit.py"
 
 Like ppo_atari.py with its defaults: 128 steps of 8 games with random actions, the forward passes that choose actions,
-and 16 gradient steps of 256 frames, each measured by itself on data that is already there: float, in the network's
-memory format. No sampling, storing, loss or logging. It writes charts/SPS, so that speed.py can compare it.
+and 16 gradient steps of 256 frames, on data that is already there: float, in the network's memory format. No sampling,
+storing, loss or logging. It writes charts/SPS, so that speed.py can compare it.
 """
 
 import sys
@@ -24,7 +24,6 @@ import ppo_atari
 class Args:
     env_id: str = "PongNoFrameskip-v4"
     total_timesteps: int = 10_000_000
-    bf16: bool = False  # run the network under bfloat16 autocast
 
 
 def main(limit):
@@ -43,14 +42,13 @@ def main(limit):
         writer.add_scalar("charts/SPS", 0, step)
         for t in range(args.num_steps):
             envs.step(actions[t])
-        with torch.autocast("cpu", torch.bfloat16, enabled=limit.bf16):
-            with torch.no_grad():
-                for _ in range(args.num_steps + 1):
-                    network(few)
-            for _ in range(args.update_epochs * args.num_minibatches):
-                optimizer.zero_grad()
-                network(frames).sum().backward()
-                optimizer.step()
+        with torch.no_grad():
+            for _ in range(args.num_steps + 1):
+                network(few)
+        for _ in range(args.update_epochs * args.num_minibatches):
+            optimizer.zero_grad()
+            network(frames).sum().backward()
+            optimizer.step()
 
 
 if __name__ == "__main__":

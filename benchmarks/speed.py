@@ -31,9 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Args:
     commands: tyro.conf.Positional[list[str]]  # each quoted; `python x.py` is this Python, x.py one of the project's
     warmup: float = 40.0  # seconds of each command before its first turn: imports, a first fill of a replay buffer
-    seconds: float = (
-        40.0  # of a turn; several times as long as the command needs from one point of its curves to the next
-    )
+    seconds: float = 40.0  # of a turn, in which a command must log several points of its curves
     rounds: int = 6  # turns of each command
 
 
@@ -79,6 +77,8 @@ class Run:
         rates = []
         for begin, end in self.turns:
             points = [event for event in events if begin <= event.wall_time <= end]
+            if len(points) < 2:
+                sys.exit(f"speed.py: fewer than two points in a turn, take more --seconds: {self.command}")
             first, last = points[0], points[-1]
             rates.append((last.step - first.step) / (last.wall_time - first.wall_time))
         return rates
@@ -98,6 +98,8 @@ def main(args):
                 continue
             turn = run.turn(seconds)
             if turn is None:
+                if run is runs[0]:
+                    sys.exit(f"speed.py: ended before its turns did: {run.command}")
                 runs.remove(run)
                 output = (run.folder / "output.txt").read_text()[-2000:]
                 print(f"left out, as it ended too early: {run.command}\n{output}", file=sys.stderr)
@@ -109,10 +111,8 @@ def main(args):
     print("median (lowest to highest) of the turns, and how many times as fast the first command was")
     for run, rate in zip(runs, rates, strict=True):
         ratios = rates[0] / rate
-        speed = f"{np.median(rate):7.1f} steps/s ({rate.min():.1f} to {rate.max():.1f})"
-        print(
-            f"{speed}, first / this {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})  {run.command}"
-        )
+        print(f"{np.median(rate):7.1f} steps/s ({rate.min():.1f} to {rate.max():.1f}), ", end="")
+        print(f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})  {run.command}")
 
 
 if __name__ == "__main__":

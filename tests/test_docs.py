@@ -17,7 +17,7 @@ FOREIGN = {  # flags of other programs, and CleanRL's that are not here
 
 
 def names_in(file):
-    """Functions, classes and Class.method names that a Python file defines: name -> source."""
+    """The functions and classes of a Python file: name -> source."""
     source, names = (ROOT / file).read_text(), {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -62,7 +62,6 @@ def test_every_command_of_the_docs_runs(tmp_path):
     page = (ROOT / "docs/environments.md").read_text()
     (block,) = re.findall(r"(?ms)^```python\n(# parking_env\.py.*?)^```", page)
     (tmp_path / "parking_env.py").write_text(block)
-    shutil.copy(ROOT / "ppo_cartpole.py", tmp_path / "my_idea.py")
     check = """
         import gymnasium as gym, parking_env
         from gymnasium.utils.env_checker import check_env
