@@ -24,6 +24,7 @@ file or be given with --script; it needs the three names Args, make_envs and Age
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -196,12 +197,20 @@ class Screen:
     The film is VP9 in an .mp4: what OpenCV can write without further software, and browsers play.
     """
 
+    title = "evaluate.py: q ends it"
+
     def __init__(self, window, film, fps):
         self.window, self.film, self.fps = window, film, fps
         self.writer, self.pictures, self.next_time = None, 0, time.monotonic()
         if window:  # tried in another process: without a display, OpenCV aborts the one that asks
-            code = "import cv2; cv2.namedWindow('')"
-            if subprocess.run([sys.executable, "-c", code], capture_output=True).returncode:
+            os.environ.setdefault(
+                "QT_LOGGING_RULES", "default.warning=false"
+            )  # else it warns of fonts that OpenCV lacks
+            code = f"import cv2; cv2.namedWindow({self.title!r})"
+            attempt = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            if attempt.returncode == 1:  # Python's own exit: that of an OpenCV without windows, for instance
+                fail(f"--render cannot open a window: {attempt.stderr.strip().splitlines()[-1]}")
+            if attempt.returncode:
                 fail("--render needs a display, and found none; --video FILE.mp4 works without.")
 
     def show(self, picture):
@@ -220,7 +229,7 @@ class Screen:
             self.writer.write(picture)
         if self.window:
             self.next_time = max(self.next_time + 1 / self.fps, time.monotonic())
-            cv2.imshow("evaluate.py: q ends it", picture)
+            cv2.imshow(self.title, picture)
             if cv2.waitKey(max(1, round(1000 * (self.next_time - time.monotonic())))) == ord("q"):
                 raise KeyboardInterrupt
 

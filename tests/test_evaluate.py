@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -255,6 +257,24 @@ def test_the_window_shows_the_game_at_its_speed_until_q(run_dir, monkeypatch):
         evaluate.main(evaluate.Args(str(run_dir), render=True))
     assert shown[-1][0] - shown[0][0] >= 11 / 50 - 0.02  # CartPole's 50 pictures per second, and never more
     assert shown[0][1].shape == (400, 600, 3)
+
+
+@pytest.mark.skipif(shutil.which("xvfb-run") is None, reason="needs Xvfb, a display without a screen")
+def test_a_window_opens_on_a_display(run_dir, tmp_path):
+    command = ["xvfb-run", "-a", sys.executable, str(ROOT / "evaluate.py"), str(run_dir), "--render", "--episodes", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "over 2 episodes" in done.stdout
+    assert "Qt" not in done.stderr  # its warnings
+
+
+def test_an_opencv_without_windows_is_not_taken_for_a_missing_display(run_dir, tmp_path, monkeypatch):
+    broken = tmp_path / "cv2.py"
+    broken.write_text("def namedWindow(name):\n    raise RuntimeError('rebuild the library with Qt')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run("evaluate.py", run_dir, "--render", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "evaluate.py: --render cannot open a window: RuntimeError: rebuild the library with Qt\n"
 
 
 def test_without_a_display_render_says_so(run_dir, tmp_path, monkeypatch):
