@@ -185,6 +185,8 @@ def rebuild(path, args, num_envs):
         ran = path.resolve().parent.parent / "script.py"
         hint = f"if it was edited since, try --script {ran}" if ran.is_file() else "give the one that ran with --script"
         fail(f"{path} does not fit {module.__file__} ({' '.join(str(error).split())[:160]}); {hint}.")
+    if broken := [name for name, weights in agent.state_dict().items() if not weights.isfinite().all()]:
+        fail(f"{path} holds weights that are no finite numbers, in {broken[0]}: no policy can be had from it.")
     return checkpoint, envs, agent.eval()
 
 

@@ -427,6 +427,8 @@ def load_checkpoint(path):
 
 def restore(checkpoint, optimizer, **modules):
     """Put networks, optimizer and random numbers back to where they were saved. Environments start from new seeds."""
+    if "optimizer" not in checkpoint:
+        fail("this file holds a policy alone: evaluate.py plays it, --resume needs a checkpoint of a training run.")
     try:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])

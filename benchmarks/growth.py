@@ -1,13 +1,16 @@
 """How cost grows: with the number of games, with the number of steps, with the episodes of an evaluation.
 
+    pip install -r benchmarks/requirements.txt
     python benchmarks/growth.py games                  # ppo_atari.py with 1 to 256 games: steps/s, and where time goes
     python benchmarks/growth.py steps                  # seconds and memory of ever longer runs
     python benchmarks/growth.py evaluation runs/<run>  # evaluate.py, with 1 to 32 environments
 
-Each prints a table. The replay buffer's own is dqn_parts.py; two processes against one, speed.py with torchrun.
+Each prints a table; with --out NAME it also writes NAME.csv and draws NAME.png. The replay buffer's own is
+dqn_parts.py; for two processes against one, give speed.py a command with torchrun.
 """
 
 import contextlib
+import csv
 import json
 import os
 import resource
@@ -17,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import matplotlib
 import tyro
 from clock import Clock
 from tqdm import tqdm
@@ -24,10 +28,43 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo_atari
 
+matplotlib.use("Agg")  # draws into files, also where there is no display
+from matplotlib import pyplot
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def games(env_id: str = "PongNoFrameskip-v4", num_steps: int = 32, updates: int = 4, cuda: bool = False):
+def show(rows):
+    """Print the newest of `rows`, dicts with the same keys, as a line of a table; above the first, their keys."""
+    if len(rows) == 1:
+        print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
+    print(f"| {' | '.join(f'{x:,}' if isinstance(x, int) else str(x) for x in rows[-1].values())} |", flush=True)
+
+
+def save(rows, out, x, panels, lines=None):
+    """Write `rows` to out.csv and draw out.png, a panel for each column of `panels`, a line per value of `lines`."""
+    with open(f"{out}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
+    for axis, panel in zip(axes, panels, strict=True):
+        for name in dict.fromkeys(row.get(lines) for row in rows):
+            line = [row for row in rows if row.get(lines) == name]
+            axis.plot([row[x] for row in line], [row[panel] for row in line], marker="o", label=name)
+        axis.set(xlabel=x, ylabel=panel, xscale="log", ylim=(0, None))
+        if lines:
+            axis.legend()
+    figure.savefig(f"{out}.png", dpi=100)
+
+
+def games(
+    env_id: str = "PongNoFrameskip-v4",
+    num_steps: int = 32,
+    updates: int = 4,
+    cuda: bool = False,
+    out: Path | None = None,
+):
     """Train for some `updates` of `num_steps` steps per game, of which the first does not count, and time the parts."""
     clock = Clock(cuda)
     clock.time("environment", ppo_atari.AtariGames, "step")
@@ -41,7 +78,7 @@ def games(env_id: str = "PongNoFrameskip-v4", num_steps: int = 32, updates: int 
         clock.start()
         return result
 
-    print("| games | steps/s | environment | network, to act | update | else | memory |\n|---|---|---|---|---|---|---|")
+    rows = []
     for num_envs in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         ppo_atari.ppo_update = first_update
         steps = num_envs * num_steps
@@ -50,10 +87,14 @@ def games(env_id: str = "PongNoFrameskip-v4", num_steps: int = 32, updates: int 
             with contextlib.redirect_stdout(sys.stderr):
                 ppo_atari.train(ppo_atari.Args(env_id=env_id, cuda=cuda, run_dir=f"{folder}/run", **sizes))
         total = clock.stop()
-        parts = [clock.seconds[part] / total for part in ("environment", "network, to act", "update")]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        shares = " | ".join(f"{part:.0%}" for part in [*parts, 1 - sum(parts)])
-        print(f"| {num_envs} | {(updates - 1) * steps / total:.0f} | {shares} | {peak:.2f} GB |", flush=True)
+        row = {"games": num_envs, "steps/s": round((updates - 1) * steps / total)}
+        for part in ("environment", "network, to act", "update"):
+            row[f"{part}, %"] = round(100 * clock.seconds[part] / total)
+        row["peak memory, GB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+        rows.append(row)
+        show(rows)
+    if out:
+        save(rows, out, "games", ["steps/s", "update, %", "peak memory, GB"])
 
 
 def measure(command, folder):
@@ -63,31 +104,40 @@ def measure(command, folder):
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"growth.py: this command failed: {' '.join(map(str, command))}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1e6
+    return round(time.perf_counter() - start, 1), round(usage.ru_maxrss / 1e6, 2)
 
 
-def steps():
-    """Runs of one script that differ in --total-timesteps alone."""
+def steps(out: Path | None = None):
+    """Runs of each script that differ in --total-timesteps alone."""
     runs = [("ppo_cartpole.py", n, "") for n in (5_000, 20_000, 80_000, 320_000)]
     runs += [("ppo_atari.py", n, "--no-cuda") for n in (1_024, 4_096, 16_384, 32_768)]
-    print("| script | steps | seconds | peak memory |\n|---|---|---|---|")
+    dqn = "--no-cuda --learning-starts 500 --buffer-size 50000 --exploration-fraction 1"
+    runs += [("dqn_atari.py", n, dqn) for n in (1_024, 4_096, 8_192)]
+    rows = []
     for script, n, flags in tqdm(runs, unit=" runs"):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, ROOT / script, "--total-timesteps", str(n), *flags.split()]
             seconds, memory = measure(command, folder)
-        print(f"| `{script}` | {n:,} | {seconds:.1f} | {memory:.2f} GB |", flush=True)
+        rows.append({"script": script, "steps": n, "seconds": seconds, "peak memory, GB": memory})
+        show(rows)
+    if out:
+        save(rows, out, "steps", ["seconds", "peak memory, GB"], lines="script")
 
 
-def evaluation(run: tyro.conf.Positional[Path], episodes: int = 32):
+def evaluation(run: tyro.conf.Positional[Path], episodes: int = 32, out: Path | None = None):
     """Score `run` with ever more environments side by side."""
-    print("| environments | seconds | steps/s | peak memory |\n|---|---|---|---|")
+    rows = []
     for num_envs in (1, 2, 4, 8, 16, 32):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, ROOT / "evaluate.py", run.resolve(), "--episodes", str(episodes)]
             command += ["--num-envs", str(num_envs), "--json", "score.json"]
             seconds, memory = measure(command, folder)
             played = sum(json.loads((Path(folder) / "score.json").read_text())["lengths"])
-        print(f"| {num_envs} | {seconds:.1f} | {played / seconds:.0f} | {memory:.2f} GB |", flush=True)
+        row = {"environments": num_envs, "seconds": seconds, "steps/s": round(played / seconds)}
+        rows.append(row | {"peak memory, GB": memory})
+        show(rows)
+    if out:
+        save(rows, out, "environments", ["seconds", "steps/s"])
 
 
 if __name__ == "__main__":

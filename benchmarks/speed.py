@@ -1,5 +1,6 @@
 """Steps per second of training commands on one machine, and the ratio of the first to each of the others.
 
+    pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py "python ppo_atari.py --no-cuda" "python /path/to/another.py"
 
 A machine's speed changes from minute to minute, so the commands take turns: each runs for --seconds while the others
@@ -9,7 +10,6 @@ must last for all its turns; what is left of it then is ended. Leave the machine
 """
 
 import contextlib
-import os
 import shlex
 import signal
 import subprocess
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Args:
-    commands: tyro.conf.Positional[list[str]]  # each quoted; `python x.py` is this Python, x.py one of the project's
+    commands: tyro.conf.Positional[list[str]]  # each quoted; python and torchrun are of this environment
     warmup: float = 40.0  # seconds of each command before its first turn: imports, a first fill of a replay buffer
     seconds: float = 40.0  # of a turn, in which a command must log several points of its curves
     rounds: int = 6  # turns of each command
@@ -40,19 +41,27 @@ class Run:
 
     def __init__(self, command, folder):
         words = shlex.split(command)
-        if words[0] == "python":
-            words[0] = sys.executable
+        beside = Path(sys.executable).with_name(words[0])  # python or torchrun of this environment
+        words[0] = str(beside if beside.exists() else words[0])
         words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words]
         self.command, self.folder, self.turns = command, Path(folder), []
         self.output = open(self.folder / "output.txt", "w")
         self.process = subprocess.Popen(
-            words, cwd=folder, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
+            words,
+            cwd=folder,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # safe from Ctrl-C
         )
         self.signal(signal.SIGSTOP)
 
     def signal(self, number):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)  # with the processes that it started
+        """Send a signal to the command and to all that it started: torchrun's processes are in groups of their own."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.process.pid)
+            for one in [process, *process.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.send_signal(number)
 
     def turn(self, seconds):
         """Let it go on for a while. Returns when that began and ended; None if it is over, which must not happen."""

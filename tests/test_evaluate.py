@@ -259,6 +259,17 @@ def test_the_window_shows_the_game_at_its_speed_until_q(run_dir, monkeypatch):
     assert shown[0][1].shape == (400, 600, 3)
 
 
+def test_weights_that_are_no_numbers_are_refused(run_dir, capsys):
+    path = evaluate.find_checkpoint(run_dir)
+    checkpoint = torch.load(path, weights_only=True)
+    next(iter(checkpoint["model"].values()))[0] = float("nan")
+    torch.save(checkpoint, path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(str(path)))
+    assert "no finite numbers" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(shutil.which("xvfb-run") is None, reason="needs Xvfb, a display without a screen")
 def test_a_window_opens_on_a_display(run_dir, tmp_path):
     command = ["xvfb-run", "-a", sys.executable, str(ROOT / "evaluate.py"), str(run_dir), "--render", "--episodes", "2"]

@@ -263,6 +263,16 @@ def test_resume_with_an_edited_network_gets_one_sentence(tmp_path, monkeypatch, 
     assert "does not fit" in message
 
 
+@pytest.mark.parametrize("policy", [path.name for path in sorted(ROOT.glob("benchmarks/policies/*.pt"))])
+def test_resume_refuses_a_policy_without_its_training(policy, tmp_path, monkeypatch, capsys):
+    path, run_dir = ROOT / "benchmarks/policies" / policy, tmp_path / "run"
+    flags = ["--resume", path, "--run-dir", run_dir, "--total-timesteps", 10_000_000]
+    code, message = refuse(SCRIPTS[policy.split("-")[0]], flags, monkeypatch, capsys)
+    assert code == 1
+    assert "holds a policy alone" in message
+    assert not run_dir.exists()
+
+
 def test_a_run_folder_that_cannot_be_written_gets_one_sentence(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     code, message = refuse(SCRIPTS[script], ["--run-dir", tmp_path / "file" / "run"], monkeypatch, capsys)
