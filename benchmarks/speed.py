@@ -41,7 +41,7 @@ class Run:
 
     def __init__(self, command, folder):
         words = shlex.split(command)
-        beside = Path(sys.executable).with_name(words[0])  # python or torchrun of this environment
+        beside = Path(sys.executable).parent / words[0]  # python or torchrun of this environment
         words[0] = str(beside if beside.exists() else words[0])
         words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words]
         self.command, self.folder, self.turns = command, Path(folder), []
