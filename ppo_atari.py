@@ -789,7 +789,8 @@ def train(args, signals=()):
     if not saved:
         fail(f"the last checkpoint of {run_dir} could not be written; --resume goes on from the newest that was.")
     if stop:
-        print(f"Stopped after {global_step:,} steps. Go on: python {Path(__file__).name} --resume {run_dir}")
+        launcher = f"torchrun --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}" if num_ranks > 1 else "python"
+        print(f"Stopped after {global_step:,} steps. Go on: {launcher} {Path(__file__).name} --resume {run_dir}")
         sys.exit(128 + stop)
     print(f"Done. Score it: python evaluate.py {run_dir}")
     return run_dir

@@ -155,7 +155,7 @@ def test_sigterm_ends_all_with_a_checkpoint(whom, tmp_path):
     assert codes != [0]
     (path,) = tmp_path.glob("run/checkpoints/*.pt")
     step = ppo_atari.load_checkpoint(path)["global_step"]
-    assert f"Stopped after {step:,} steps. Go on: python ppo_atari.py --resume run" in text
+    assert f"Stopped after {step:,} steps. Go on: torchrun --nproc-per-node=2 ppo_atari.py --resume run" in text
 
 
 def workers(process):
