@@ -52,7 +52,11 @@ def save(rows, out, x, panels, lines=None):
         for name in dict.fromkeys(row.get(lines) for row in rows):
             line = [row for row in rows if row.get(lines) == name]
             axis.plot([row[x] for row in line], [row[panel] for row in line], marker="o", label=name)
-        axis.set(xlabel=x, ylabel=panel, xscale="log", ylim=(0, None))
+        axis.set(xlabel=x, ylabel=panel, xscale="log")
+        if panel == "seconds":
+            axis.set(yscale="log")  # where cost is proportional, a straight line
+        else:
+            axis.set(ylim=(0, None))
         if lines:
             axis.legend()
     figure.savefig(f"{out}.png", dpi=100)
