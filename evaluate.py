@@ -205,9 +205,7 @@ class Screen:
         self.window, self.film, self.fps = window, film, fps
         self.writer, self.pictures, self.next_time = None, 0, time.monotonic()
         if window:  # tried in another process: without a display, OpenCV aborts the one that asks
-            os.environ.setdefault(
-                "QT_LOGGING_RULES", "default.warning=false"
-            )  # else it warns of fonts that OpenCV lacks
+            os.environ.setdefault("QT_LOGGING_RULES", "default.warning=false")  # of fonts that OpenCV lacks
             code = f"import cv2; cv2.namedWindow({self.title!r})"
             attempt = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             if attempt.returncode == 1:  # Python's own exit: that of an OpenCV without windows, for instance

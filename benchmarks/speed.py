@@ -46,13 +46,8 @@ class Run:
         words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words]
         self.command, self.folder, self.turns = command, Path(folder), []
         self.output = open(self.folder / "output.txt", "w")
-        self.process = subprocess.Popen(
-            words,
-            cwd=folder,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # safe from Ctrl-C
-        )
+        output = dict(stdout=self.output, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(words, cwd=folder, **output, start_new_session=True)  # Ctrl-C is ours alone
         self.signal(signal.SIGSTOP)
 
     def signal(self, number):
