@@ -248,7 +248,8 @@ class Agent(nn.Module):
 
     def forward(self, obs):
         """obs (N, 4, 84, 84) uint8 -> logits (N, A), values (N,)"""
-        x = self.network(obs.contiguous(memory_format=torch.channels_last).float() / 255)  # (N, 512)
+        x = obs.contiguous(memory_format=torch.channels_last).float()  # a copy, as obs is bytes
+        x = self.network(x.div_(255))  # (N, 512)
         return self.actor(x), self.critic(x).squeeze(-1)
 
     def act(self, obs, greedy):
@@ -355,7 +356,8 @@ def ppo_update(agent, optimizer, batch, args, mean=torch.mean):
     steps = []  # metrics of each gradient step, left on the device: reading them here would wait for it every time
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
-            loss, metrics = ppo_loss(agent, [x[mb_inds] for x in batch], args)
+            minibatch = [x.index_select(0, mb_inds) for x in batch]  # x[mb_inds] takes 10 times as long for frames
+            loss, metrics = ppo_loss(agent, minibatch, args)
             optimizer.zero_grad()
             loss.backward()
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # before clipping
