@@ -622,7 +622,10 @@ def train(args, signals=()):
     envs = make_envs(args, args.num_envs, env_seed, training=True)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    rollout = Rollout(args.num_steps, envs, device)
+    try:
+        rollout = Rollout(args.num_steps, envs, device)
+    except RuntimeError:  # what PyTorch raises where memory does not suffice
+        fail(f"--num-envs {args.num_envs} * --num-steps {args.num_steps} steps do not fit in memory: lower either.", 2)
     if checkpoint:
         restore(checkpoint, optimizer, model=agent)
 

@@ -199,6 +199,7 @@ PPO = {
     "--num-minibatches 3": "--num-minibatches 3",
     "--num-envs 2 --num-steps 4 --num-minibatches 8": "--norm-adv",
     "--total-timesteps 10": "rollout",
+    "--num-steps 1000000000000 --total-timesteps 9000000000000": "--num-steps 1000000000000 steps do not fit in memory",
 }
 DQN = {
     "--train-frequency 0": "--train-frequency",
