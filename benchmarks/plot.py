@@ -86,7 +86,8 @@ def main(args):
             axes.plot(*curve, label=name)
     for i, line in enumerate(args.lines):
         name, _, value = line.rpartition("=")
-        axes.axhline(float(value), linestyle="--", linewidth=1, color=f"C{i + 1}", label=name)
+        color = f"C{i + (1 if args.mean else len(curves))}"  # the next that no curve has
+        axes.axhline(float(value), linestyle="--", linewidth=1, color=color, label=name)
     axes.set(xlabel="steps", ylabel=f"{args.tag}, mean of {args.window}", title=args.title)
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.3)
