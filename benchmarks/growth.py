@@ -131,7 +131,7 @@ def steps(out: Path | None = None):
 def evaluation(run: tyro.conf.Positional[Path], episodes: int = 32, out: Path | None = None):
     """Score `run` with ever more environments side by side."""
     rows = []
-    for num_envs in (1, 2, 4, 8, 16, 32):
+    for num_envs in filter(lambda count: count <= episodes, (1, 2, 4, 8, 16, 32)):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, ROOT / "evaluate.py", run.resolve(), "--episodes", str(episodes)]
             command += ["--num-envs", str(num_envs), "--json", "score.json"]
