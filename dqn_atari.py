@@ -29,7 +29,8 @@ Departs from CleanRL: (1) orthogonal initialization: PyTorch's own takes many mo
 rewards; (2) several games are played side by side; gradient steps, target updates and exploration go by the steps of
 all games together, as with one game; (3) a game cut off after 108,000 frames is not taken for a lost one, its last
 frame has a value; (4) FIRE is pressed for the agent at the start of a game, but not after a lost life; (5) frame stacks
-start with zeros, not with copies of the first frame. (4) and (5) are how ale-py's native environment works.
+start with zeros, not with copies of the first frame; (6) the maximum of two frames is taken in gray, not in color. (4)
+to (6) are how ale-py's native environment works.
 """
 
 import argparse
