@@ -100,7 +100,7 @@ class Args:
     target_network_frequency: int = 1000  # steps between updates of the target network; more are steadier and slower
     tau: float = 1.0  # how far an update moves the target network toward the network; 1: copies it
     start_e: float = 1.0  # chance of a random action (epsilon) at the start
-    end_e: float = 0.01  # and after --exploration-fraction of the run, and in evaluate.py; larger explores more
+    end_e: float = 0.01  # the same after --exploration-fraction of the run, and in evaluate.py; larger explores more
     exploration_fraction: float = 0.1  # part of the run over which epsilon falls linearly
 
     def __post_init__(self):
@@ -108,7 +108,9 @@ class Args:
         for name in "total_timesteps save_freq num_envs train_frequency batch_size target_network_frequency".split():
             if getattr(self, name) < 1:
                 fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.", code=2)
-        for name in "seed learning_rate learning_starts".split():
+        if not 0 <= self.seed < 2**32:
+            fail(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}.", code=2)
+        for name in "learning_rate learning_starts".split():
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 fail(f"--{name.replace('_', '-')} must be a number of 0 or more, got {value}.", code=2)
@@ -206,7 +208,6 @@ def make_envs(args, num_envs, seed, training, render=False):
         other = f"{spec.name}NoFrameskip-v4"
         fail(f"--env-id {args.env_id} skips a random number of frames, which is not supported: take {other}.", code=2)
     envs = AtariGames(spec.kwargs["game"], num_envs, spec.kwargs["repeat_action_probability"], training, render)
-    envs.action_space.seed(seed)
     envs.reset(seed=seed)  # the caller's own reset() goes on from this seed
     return envs
 
@@ -301,16 +302,17 @@ class ReplayBuffer:
             if not saved:
                 allocate(path, self.file_size)
             self.file = np.memmap(path, fields, "r+", shape=(self.num_rows, N))
-            self.tail = np.memmap(path, np.int64, "r+", offset=size, shape=2)  # highest count ever; the file's identity
+            # Behind the rows: the highest count ever, and the file's identity.
+            self.footer = np.memmap(path, np.int64, "r+", offset=size, shape=2)
         except OSError as error:
             what = f"{path} of {self.file_size / 1e9:.1f} GB could not be made or mapped ({error.strerror})"
             fail(f"{what}: lower --buffer-size or --save-freq.")
         self.rows = self.file.view(np.ndarray)  # the same memory; indexing a memmap takes longer
         if saved:  # the run may have gone further than its checkpoint, and overwritten the oldest rows
-            intact = self.num_rows - self.stack - int(self.tail[0] - self.count)
+            intact = self.num_rows - self.stack - int(self.footer[0] - self.count)
             self.filled = max(0, min(saved["filled"], intact))
         else:
-            self.tail[1] = int.from_bytes(os.urandom(7))
+            self.footer[1] = int.from_bytes(os.urandom(7))
         self.begin_row(obs, 0)
 
     def begin_row(self, obs, num_earlier):
@@ -331,7 +333,7 @@ class ReplayBuffer:
         if final_obs:
             self.final_frames[t] = {int(n): obs[-1].copy() for n, obs in final_obs.items()}
         self.count, self.filled = self.count + 1, min(self.filled + 1, self.max_filled)
-        self.tail[0] = max(self.tail[0], self.count)
+        self.footer[0] = max(self.footer[0], self.count)
         self.begin_row(next_obs, np.where(ended, 0, np.minimum(row["num_earlier"] + 1, self.stack - 1)))
 
     def sample(self, batch_size):
@@ -366,14 +368,14 @@ class ReplayBuffer:
             "max_filled": self.max_filled,
             "num_envs": self.rows.shape[1],
             "file_size": self.file_size,
-            "identity": int(self.tail[1]),
+            "identity": int(self.footer[1]),
         }
 
     def flush(self):
         """Wait until all rows are on the disk, and return whether they are. The system writes most as they come."""
         try:
             self.file.flush()
-            self.tail.flush()
+            self.footer.flush()
         except OSError as error:
             print(f"{self.path} could not be written: {error}", file=sys.stderr, flush=True)
             return False
@@ -438,8 +440,9 @@ def td_target(target_agent, rewards, next_obs, terminated, gamma):
 def dqn_update(agent, target_agent, optimizer, batch, gamma):
     """One gradient step on `batch`, which ReplayBuffer.sample gave. Returns the loss and the mean Q-value, (2,)."""
     frames, actions, rewards, terminated = batch
-    targets = td_target(target_agent, rewards, frames[:, 1:], terminated, gamma)  # (M,)
-    q_values = agent(frames[:, :-1]).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (M,)
+    obs, next_obs = frames[:, :-1], frames[:, 1:]  # (M, 4, 84, 84) each
+    targets = td_target(target_agent, rewards, next_obs, terminated, gamma)  # (M,)
+    q_values = agent(obs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (M,)
     loss = nn.functional.mse_loss(q_values, targets)
     optimizer.zero_grad()
     loss.backward()
@@ -454,9 +457,11 @@ def update_target(target_agent, agent, tau):
         target.lerp_(parameter, tau)
 
 
-def not_finite(metrics):
-    """Which losses or gradients are NaN or infinite, in words: such a network is spoilt and must not be saved."""
-    return [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+def not_finite(metrics, agent):
+    """Which losses, gradients or weights are NaN or infinite, in words: such a network must not be saved."""
+    spoilt = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    weights = agent.named_parameters()
+    return spoilt + [f"{name} is not finite" for name, weight in weights if not weight.isfinite().all()]
 
 
 # ---- Checkpoint ----
@@ -556,7 +561,7 @@ def read_args():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of one flag, which sets the others' defaults
     parser.add_argument("--resume", nargs="?")
     default = None
-    if resume := parser.parse_known_args()[0].resume:
+    if (resume := parser.parse_known_args()[0].resume) is not None:
         path = find_checkpoint(resume).resolve()
         checkpoint = load_checkpoint(path)
         run_dir = os.path.relpath(path.parents[1]) if path.parent.name == "checkpoints" else None
@@ -732,8 +737,8 @@ def train(args, signals=()):
         check_disk(args)
         if global_step + args.learning_starts >= args.total_timesteps:
             fail("--total-timesteps leaves no step to learn in, once a new replay buffer is filled: train longer.", 2)
-    starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
-    env_seed = spread_seed(1, args.seed, global_step, starts)  # not that of an earlier start from the same checkpoint
+    earlier_starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
+    env_seed = spread_seed(1, args.seed, global_step, earlier_starts)  # others than those from the same checkpoint had
     envs = make_envs(args, args.num_envs, env_seed, training=True)
     agent, target_agent = Agent(envs, args).to(device), Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
@@ -751,8 +756,8 @@ def train(args, signals=()):
     buffer = ReplayBuffer(run_dir / "replay.bin", obs, args.buffer_size, spare, saved_replay)
     remembered = buffer.filled * args.num_envs
     missing = min(args.learning_starts, buffer.max_filled * args.num_envs) - remembered  # to fill before learning
-    learning_starts = max(args.learning_starts, global_step + max(0, missing))
-    plan = f"steps {global_step:,} to {args.total_timesteps:,}, learning from {learning_starts:,} on"
+    learn_after = max(args.learning_starts, global_step + max(0, missing))
+    plan = f"steps {global_step:,} to {args.total_timesteps:,}, learning from {learn_after:,} on"
     plan += f" with learning rate {args.learning_rate:.3g}, epsilon {annealed_epsilon(args, global_step):.3g}"
     if checkpoint:
         plan += f", {remembered:,} steps in the replay buffer"
@@ -788,10 +793,10 @@ def train(args, signals=()):
 
         # Learn, after the same steps as with a single game
         for step in range(global_step + 1, global_step + args.num_envs + 1):
-            if step > learning_starts and step % args.train_frequency == 0:
+            if step > learn_after and step % args.train_frequency == 0:
                 batch = [x.to(device) for x in buffer.sample(args.batch_size)]
                 losses.append(dqn_update(agent, target_agent, optimizer, batch, args.gamma))
-            if step > learning_starts and step % args.target_network_frequency == 0:
+            if step > learn_after and step % args.target_network_frequency == 0:
                 update_target(target_agent, agent, args.tau)
         global_step += args.num_envs
 
@@ -804,7 +809,7 @@ def train(args, signals=()):
                 grad_norm = nn.utils.get_total_norm([p.grad for p in agent.parameters()]).item()  # of the last one
                 losses.clear()
                 metrics = {"td_loss": td_loss, "q_values": q_values, "grad_norm": grad_norm}
-                if broken := not_finite(metrics):
+                if broken := not_finite(metrics, agent):
                     break
                 for name, value in metrics.items():
                     writer.add_scalar(f"losses/{name}", value, global_step)

@@ -103,6 +103,8 @@ class Args:
             fail(f"--video {self.video} cannot be written: it must be an .mp4 in a folder that exists.", code=2)
         if self.json and (Path(self.json).is_dir() or not Path(self.json).parent.is_dir()):
             fail(f"--json {self.json} cannot be written: it must be a file in a folder that exists.", code=2)
+        if self.json and not os.access(self.json if Path(self.json).exists() else Path(self.json).parent, os.W_OK):
+            fail(f"--json {self.json} cannot be written: no permission.", code=2)
 
 
 # ---- Reload ----
@@ -159,7 +161,9 @@ def load_script(checkpoint, path, script):
             fail(f"{path} names the script {name!r}, which is not a bare module name: give the file with --script.")
         script = Path(__file__).with_name(f"{name}.py")
         if not script.is_file():
-            fail(f"{path} was written by {name}.py, which is not beside evaluate.py: give it with --script.")
+            ran = path.resolve().parent.parent / "script.py"
+            hint = f", for instance {ran}" if ran.is_file() else ""
+            fail(f"{path} was written by {name}.py, which is not beside evaluate.py: give it with --script{hint}.")
     spec = importlib.util.spec_from_file_location(Path(script).stem, script)
     if spec is None or not Path(script).is_file():
         fail(f"--script {script} is not a Python file.", code=2)
@@ -293,7 +297,7 @@ def score(path, args):
     num_envs = args.num_envs or (1 if watched else min(args.episodes, 16))
     checkpoint, envs, agent = rebuild(path, args, num_envs)
     torch.manual_seed(args.seed)
-    env_id, step = checkpoint["args"]["env_id"], checkpoint["global_step"]
+    env_id, step = checkpoint["args"].get("env_id", checkpoint["script"]), checkpoint["global_step"]
     how = "greedy" if args.greedy else "acting as in training"
     where = "the GPU" if next(agent.parameters()).is_cuda else "the CPU (no GPU found)" if args.cuda else "the CPU"
     print(f"{path}: {env_id} after {step:,} steps, {args.episodes} episodes, {how}, on {where}", flush=True)
@@ -333,29 +337,42 @@ def report(result):
 
 
 def score_all(run_dir, args):
-    """Score every checkpoint of a run, and write the curve to its eval/ folder; returns the list of results."""
-    for old in run_dir.glob("eval/events.*"):
-        old.unlink()  # TensorBoard would mix the curves
+    """Score every checkpoint of a run, and write the curve to its eval/ folder."""
+    earlier = list(run_dir.glob("eval/events.*"))  # of an earlier curve, which stays until this one is whole
     results = []
-    with SummaryWriter(run_dir / "eval") as writer:
+    try:
+        writer = SummaryWriter(run_dir / "eval")
+    except OSError as error:
+        fail(f"{run_dir / 'eval'} cannot be written: {error.strerror}.")
+    with writer:
         for path in list_checkpoints(run_dir):
             results.append(score(path, args))
             report(results[-1])
             writer.add_scalar("eval/episodic_return", results[-1]["mean_return"], results[-1]["global_step"])
             writer.flush()
+            write_json(results, args)
+    for file in earlier:
+        file.unlink()  # TensorBoard would mix the two
     print(f"Look at the curve: tensorboard --logdir {run_dir}")
-    return results
+
+
+def write_json(result, args):
+    """Write what was scored to the file that --json names."""
+    if args.json:
+        try:
+            Path(args.json).write_text(json.dumps(result, indent=2))
+        except OSError as error:
+            fail(f"--json {args.json} could not be written: {error.strerror}.")
 
 
 def main(args):
     path = find_checkpoint(args.checkpoint)
     if args.all:
-        result = score_all(Path(args.checkpoint), args)
+        score_all(Path(args.checkpoint), args)
     else:
         result = score(path, args)
         report(result)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2))
+        write_json(result, args)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,9 @@ class Args:
             value = getattr(self, name)
             if value is not None and value < 1:
                 fail(f"--{name.replace('_', '-')} must be at least 1, got {value}.", code=2)
-        for name in "seed learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl".split():
+        if not 0 <= self.seed < 2**32:
+            fail(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}.", code=2)
+        for name in "learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl".split():
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 fail(f"--{name.replace('_', '-')} must be a number of 0 or more, got {value}.", code=2)
@@ -211,7 +213,6 @@ def make_envs(args, num_envs, seed, training, render=False):
         other = f"{spec.name}NoFrameskip-v4"
         fail(f"--env-id {args.env_id} skips a random number of frames, which is not supported: take {other}.", code=2)
     envs = AtariGames(spec.kwargs["game"], num_envs, spec.kwargs["repeat_action_probability"], training, render)
-    envs.action_space.seed(seed)
     envs.reset(seed=seed)  # the caller's own reset() goes on from this seed
     return envs
 
@@ -371,9 +372,11 @@ def ppo_update(agent, optimizer, batch, args, mean=torch.mean):
     return dict(zip(steps[0], means.tolist(), strict=True))
 
 
-def not_finite(metrics):
-    """Which losses or gradients are NaN or infinite, in words: such a network is spoilt and must not be saved."""
-    return [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+def not_finite(metrics, agent):
+    """Which losses, gradients or weights are NaN or infinite, in words: such a network must not be saved."""
+    spoilt = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    weights = agent.named_parameters()
+    return spoilt + [f"{name} is not finite" for name, weight in weights if not weight.isfinite().all()]
 
 
 # ---- Checkpoint ----
@@ -473,7 +476,7 @@ def read_args():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of one flag, which sets the others' defaults
     parser.add_argument("--resume", nargs="?")
     default = None
-    if resume := parser.parse_known_args()[0].resume:
+    if (resume := parser.parse_known_args()[0].resume) is not None:
         path = find_checkpoint(resume).resolve()
         checkpoint = load_checkpoint(path)
         run_dir = os.path.relpath(path.parents[1]) if path.parent.name == "checkpoints" else None
@@ -650,8 +653,10 @@ def train(args, signals=()):
     num_envs = args.num_envs // num_ranks  # games of this rank
     if args.cuda and 0 < torch.cuda.device_count() <= int(os.environ.get("LOCAL_RANK", 0)):
         fail("torchrun started more processes than there are GPUs here: lower --nproc-per-node, or --no-cuda.", 2)
-    if args.num_envs % num_ranks or num_envs * args.num_steps % args.num_minibatches:
-        share = f"equal parts of them, whose steps --num-minibatches {args.num_minibatches} divides"
+    rows, rest = divmod(num_envs * args.num_steps, args.num_minibatches)  # of a minibatch of this rank
+    if args.num_envs % num_ranks or rest or (args.norm_adv and rows < 2):
+        share = f"an equal part of them, whose steps --num-minibatches {args.num_minibatches} divides"
+        share += " into minibatches of 2 or more" if args.norm_adv else ""
         fail(f"--num-envs {args.num_envs} must give each of the {num_ranks} processes {share}.", code=2)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if num_ranks > 1:
@@ -669,9 +674,9 @@ def train(args, signals=()):
     if global_step >= args.total_timesteps:
         print(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.")
         return Path(args.resume).parents[1]
-    starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
-    starts = min(gather(starts))  # before any rank adds one
-    env_seed = spread_seed(1, args.seed, global_step, starts)  # not that of an earlier start from the same checkpoint
+    earlier_starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
+    earlier_starts = min(gather(earlier_starts))  # before any rank adds one
+    env_seed = spread_seed(1, args.seed, global_step, earlier_starts)  # others than those from the same checkpoint had
     envs = make_envs(args, num_envs, env_seed + rank * num_envs, training=True)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -684,7 +689,8 @@ def train(args, signals=()):
     learner = agent  # the same network, as ppo_update sees it
     if num_ranks > 1:
         learner = nn.parallel.DistributedDataParallel(agent)  # averages gradients over the ranks in backward()
-        torch.manual_seed(spread_seed(3, args.seed, global_step, starts, rank))  # ranks draw actions of their own
+        # Ranks draw actions of their own.
+        torch.manual_seed(spread_seed(3, args.seed, global_step, earlier_starts, rank))
 
     if rank == 0:
         run_dir, _lock = open_run(args)
@@ -751,9 +757,9 @@ def train(args, signals=()):
 
         # Learn
         batch = rollout.flatten(advantages, returns)
-        ranks = gather(ppo_update(learner, optimizer, batch, args, mean=lambda x: np.mean(gather(x.mean().item()))))
-        metrics = {name: np.mean([metrics[name] for metrics in ranks]) for name in ranks[0]}
-        if broken := not_finite(metrics):
+        of_ranks = gather(ppo_update(learner, optimizer, batch, args, mean=lambda x: np.mean(gather(x.mean().item()))))
+        metrics = {name: np.mean([one[name] for one in of_ranks]) for name in of_ranks[0]}
+        if broken := not_finite(metrics, agent):
             break
 
         # Log

@@ -105,7 +105,9 @@ class Args:
             value = getattr(self, name)
             if value is not None and value < 1:
                 fail(f"--{name.replace('_', '-')} must be at least 1, got {value}.", code=2)
-        for name in "seed learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl".split():
+        if not 0 <= self.seed < 2**32:
+            fail(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}.", code=2)
+        for name in "learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl".split():
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 fail(f"--{name.replace('_', '-')} must be a number of 0 or more, got {value}.", code=2)
@@ -153,7 +155,6 @@ def make_envs(args, num_envs, seed, training, render=False):
         fail(f"--env-id {args.env_id} does not give vectors but {obs_space}; for Atari frames use ppo_atari.py.", 2)
     if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
         fail(f"--env-id {args.env_id} does not take discrete actions 0, 1, 2, ... but {action_space}.", 2)
-    envs.action_space.seed(seed)
     envs.reset(seed=seed)  # the caller's own reset() goes on from this seed
     return envs
 
@@ -345,9 +346,11 @@ def ppo_update(agent, optimizer, batch, args, mean=torch.mean):
     return dict(zip(steps[0], means.tolist(), strict=True))
 
 
-def not_finite(metrics):
-    """Which losses or gradients are NaN or infinite, in words: such a network is spoilt and must not be saved."""
-    return [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+def not_finite(metrics, agent):
+    """Which losses, gradients or weights are NaN or infinite, in words: such a network must not be saved."""
+    spoilt = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    weights = agent.named_parameters()
+    return spoilt + [f"{name} is not finite" for name, weight in weights if not weight.isfinite().all()]
 
 
 # ---- Checkpoint ----
@@ -447,7 +450,7 @@ def read_args():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of one flag, which sets the others' defaults
     parser.add_argument("--resume", nargs="?")
     default = None
-    if resume := parser.parse_known_args()[0].resume:
+    if (resume := parser.parse_known_args()[0].resume) is not None:
         path = find_checkpoint(resume).resolve()
         checkpoint = load_checkpoint(path)
         run_dir = os.path.relpath(path.parents[1]) if path.parent.name == "checkpoints" else None
@@ -617,8 +620,8 @@ def train(args, signals=()):
     if global_step >= args.total_timesteps:
         print(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.")
         return Path(args.resume).parents[1]
-    starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
-    env_seed = spread_seed(1, args.seed, global_step, starts)  # not that of an earlier start from the same checkpoint
+    earlier_starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
+    env_seed = spread_seed(1, args.seed, global_step, earlier_starts)  # others than those from the same checkpoint had
     envs = make_envs(args, args.num_envs, env_seed, training=True)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -648,13 +651,15 @@ def train(args, signals=()):
     recent_returns = deque(maxlen=100)
     broken = []
 
-    while global_step < args.total_timesteps and not signals:
+    while global_step < args.total_timesteps:
         optimizer.param_groups[0]["lr"] = annealed_lr(args, global_step)
 
         # Collect
         with torch.no_grad():
             for t in range(args.num_steps):
-                if signals:
+                if not np.isfinite(obs).all():
+                    broken = ["an observation of the environment is not finite"]
+                if signals or broken:
                     break
                 logits, values = agent(next_obs)
                 actions, logprobs = sample(logits)
@@ -680,7 +685,7 @@ def train(args, signals=()):
                     writer.add_scalar("charts/episodic_length", episode_length[i], step)
                     recent_returns.append(episode_return[i])
                     episode_return[i] = episode_length[i] = 0
-            if signals:
+            if signals or broken:
                 break  # this rollout is dropped
             global_step += args.num_steps * args.num_envs
 
@@ -695,7 +700,7 @@ def train(args, signals=()):
         # Learn
         batch = rollout.flatten(advantages, returns)
         metrics = ppo_update(agent, optimizer, batch, args)
-        if broken := not_finite(metrics):
+        if broken := not_finite(metrics, agent):
             break
         agent.observe(batch[0])  # after the update: old and new policy must see the same inputs
 
@@ -720,12 +725,13 @@ def train(args, signals=()):
     writer.close()
     if broken:
         newest = (list_checkpoints(run_dir) or ["none"])[-1]
-        fail(f"{broken[0]} after {global_step:,} steps; last good checkpoint: {newest}. Try a smaller --learning-rate.")
-    if signals:
+        advice = "Try a smaller --learning-rate, if observations and rewards are finite."
+        fail(f"{broken[0]} after {global_step:,} steps; last good checkpoint: {newest}. {advice}")
+    if stopped := global_step < args.total_timesteps:
         saved = save_checkpoint(run_dir, args, global_step, agent, optimizer)
     if not saved:
         fail(f"the last checkpoint of {run_dir} could not be written; --resume goes on from the newest that was.")
-    if signals:
+    if stopped:
         print(f"Stopped after {global_step:,} steps. Go on: python {Path(__file__).name} --resume {run_dir}")
         sys.exit(128 + signals[0])
     print(f"Done. Score it: python evaluate.py {run_dir}")

@@ -284,6 +284,76 @@ def test_nan_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeypa
     assert all(x.isfinite().all() for x in module.load_checkpoint(checkpoint)["model"].values())
 
 
+def test_weights_that_the_last_gradient_step_spoilt_are_not_saved(script, tmp_path, monkeypatch, capsys):
+    """The losses that it was made from were still finite."""
+    module, run_dir = SCRIPTS[script], tmp_path / "run"
+    name = "dqn_update" if script == "dqn_atari" else "ppo_update"
+    settings = SHORT[script] | ({"train_frequency": 40} if script == "dqn_atari" else {})  # one step before each save
+    update = getattr(module, name)
+
+    def spoil(agent, *rest, **more):
+        metrics = update(agent, *rest, **more)
+        if module.list_checkpoints(run_dir):
+            list(agent.parameters())[-1].data[0] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(module, name, spoil)
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.Args(run_dir=str(run_dir), **settings))
+    assert stop.value.code == 1
+    (checkpoint,) = module.list_checkpoints(run_dir)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "bias is not finite after" in message
+    assert checkpoint.name in message
+
+
+@pytest.mark.parametrize("step", [0, 40])
+def test_an_observation_that_is_not_finite_gets_a_sentence(step, tmp_path, monkeypatch, capsys):
+    module = SCRIPTS["ppo_cartpole"]
+    make_envs = module.make_envs
+
+    def make(args, *rest, **more):
+        envs = make_envs(args, *rest, **more)
+        reset, play, steps = envs.reset, envs.step, []
+        bad = np.full((args.num_envs, 4), np.nan, np.float32)
+
+        def play_some(actions):
+            steps.append(1)
+            _, *rest = result = play(actions)
+            return (bad, *rest) if len(steps) == step else result
+
+        envs.reset = lambda **seed: reset(**seed) if step else (bad, {})
+        envs.step = play_some
+        return envs
+
+    monkeypatch.setattr(module, "make_envs", make)
+    with pytest.raises(SystemExit) as stop:
+        module.train(module.Args(run_dir=str(tmp_path / "run"), total_timesteps=2560, save_freq=256))
+    assert stop.value.code == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    newest = "000000000256.pt" if step else "none"
+    assert f"an observation of the environment is not finite after {256 if step else 0} steps" in message
+    assert f"{newest}. " in message
+
+
+def test_a_signal_after_the_last_update_does_not_make_a_finished_run_a_stopped_one(
+    script, tmp_path, monkeypatch, capsys
+):
+    module, signals = SCRIPTS[script], []
+    save = module.save_checkpoint
+    args = module.Args(run_dir=str(tmp_path / "run"), **SHORT[script])
+
+    def signal_at_the_end(run_dir, args, global_step, *rest, **more):
+        if global_step >= args.total_timesteps:
+            signals.append(signal.SIGINT)
+        return save(run_dir, args, global_step, *rest, **more)
+
+    monkeypatch.setattr(module, "save_checkpoint", signal_at_the_end)
+    module.train(args, signals)
+    assert signals == [signal.SIGINT]
+    assert "Done." in capsys.readouterr().out
+
+
 def test_what_a_signal_saves_is_what_an_uninterrupted_run_had_then(script, tmp_path, monkeypatch):
     """The last completed update: in PPO, a rollout that is cut short is dropped."""
     module, signals = SCRIPTS[script], []

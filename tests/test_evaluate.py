@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -148,6 +149,31 @@ def test_all_scores_every_checkpoint_and_leaves_the_training_curves_alone(run_di
     assert EventAccumulator(str(run_dir)).Reload().Scalars("losses/entropy") == training
 
 
+def test_a_curve_stays_until_the_next_one_is_whole(run_dir, capsys):
+    evaluate.main(evaluate.Args(str(run_dir), episodes=2, all=True))
+    (last := evaluate.list_checkpoints(run_dir)[-1]).write_bytes(b"damaged")
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(str(run_dir), episodes=2, all=True))
+    assert str(last) in capsys.readouterr().err
+    curve = EventAccumulator(str(run_dir / "eval")).Reload().Scalars("eval/episodic_return")
+    assert 768 in [event.step for event in curve]
+
+
+def test_with_all_the_json_has_what_was_scored_before_something_failed(run_dir, tmp_path):
+    evaluate.list_checkpoints(run_dir)[-1].write_bytes(b"damaged")
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(str(run_dir), episodes=2, all=True, json=str(tmp_path / "scores.json")))
+    assert [one["global_step"] for one in json.loads((tmp_path / "scores.json").read_text())] == [256, 512]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file on a disk that is full")
+def test_a_result_that_cannot_be_written_is_still_printed(run_dir, tmp_path):
+    done = run("evaluate.py", run_dir, "--episodes", 2, "--json", "/dev/full", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "over 2 episodes" in done.stdout
+    assert done.stderr == "evaluate.py: --json /dev/full could not be written: No space left on device.\n"
+
+
 def copied(run_dir, tmp_path, source, name="my_idea"):
     """The run's newest checkpoint as a script `name` with this source would have written it."""
     path = evaluate.find_checkpoint(run_dir)
@@ -157,15 +183,18 @@ def copied(run_dir, tmp_path, source, name="my_idea"):
 
 
 def test_a_copied_script_is_found_beside_evaluate_or_with_script(run_dir, tmp_path):
-    source = (ROOT / "ppo_cartpole.py").read_text()
+    source = (ROOT / "ppo_cartpole.py").read_text().replace("env_id", "task")  # three names must stay, no others
     path = copied(run_dir, tmp_path, source)
+    checkpoint = evaluate.load_checkpoint(path)
+    checkpoint["args"]["task"] = checkpoint["args"].pop("env_id")
+    torch.save(checkpoint, path)
     shutil.copy(ROOT / "evaluate.py", tmp_path)
     done = run(tmp_path / "evaluate.py", path, "--episodes", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     done = run("evaluate.py", path, "--episodes", 1, cwd=tmp_path)
     assert done.returncode == 1
     assert "my_idea.py" in done.stderr
-    assert "--script" in done.stderr
+    assert f"--script, for instance {run_dir / 'script.py'}." in done.stderr  # of what ran, whatever its name
     done = run("evaluate.py", path, "--episodes", 1, "--script", "my_idea.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -188,6 +188,7 @@ EVERYWHERE = {
     "--total-timesteps 0": "--total-timesteps",
     "--save-freq 0": "--save-freq",
     "--seed -1": "--seed",
+    "--seed 4294967296": "--seed",
     "--gamma 1.01": "--gamma",
     "--learning-rate nan": "--learning-rate",
     "--learning-rate inf": "--learning-rate",
@@ -241,6 +242,14 @@ def test_a_missing_or_empty_run_gets_one_sentence(path, script, monkeypatch, cap
         evaluate.main(evaluate.Args(path))
     assert stop.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_empty_resume_is_no_new_run(script, monkeypatch, capsys, tmp_path):
+    """What a shell makes of --resume "$(ls ...)" where nothing was found."""
+    monkeypatch.chdir(tmp_path)
+    code, message = refuse(SCRIPTS[script], ["--resume", ""], monkeypatch, capsys)
+    assert code == 1
+    assert "holds no checkpoint" in message
 
 
 def test_resume_refuses_another_environment_and_another_script(tmp_path, monkeypatch, capsys):

@@ -186,6 +186,16 @@ def test_games_that_cannot_be_shared_are_refused(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_minibatches_of_one_step_per_process_are_refused(tmp_path, monkeypatch, capsys):
+    """Of one advantage there is no standard deviation to normalize with."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    settings = dict(num_envs=2, num_steps=2, num_minibatches=2, cuda=False)
+    with pytest.raises(SystemExit) as stop:
+        ppo_atari.train(ppo_atari.Args(run_dir=str(tmp_path / "run"), **settings))
+    assert stop.value.code == 2
+    assert "2 or more" in capsys.readouterr().err
+
+
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
