@@ -100,7 +100,7 @@ class Args:
     target_network_frequency: int = 1000  # steps between updates of the target network; more are steadier and slower
     tau: float = 1.0  # how far an update moves the target network toward the network; 1: copies it
     start_e: float = 1.0  # chance of a random action (epsilon) at the start
-    end_e: float = 0.01  # the same after --exploration-fraction of the run, and in evaluate.py; larger explores more
+    end_e: float = 0.01  # chance of a random action after --exploration-fraction of the run, and in evaluate.py
     exploration_fraction: float = 0.1  # part of the run over which epsilon falls linearly
 
     def __post_init__(self):
@@ -738,7 +738,7 @@ def train(args, signals=()):
         if global_step + args.learning_starts >= args.total_timesteps:
             fail("--total-timesteps leaves no step to learn in, once a new replay buffer is filled: train longer.", 2)
     earlier_starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
-    env_seed = spread_seed(1, args.seed, global_step, earlier_starts)  # others than those from the same checkpoint had
+    env_seed = spread_seed(1, args.seed, global_step, earlier_starts)  # earlier starts from this checkpoint had others
     envs = make_envs(args, args.num_envs, env_seed, training=True)
     agent, target_agent = Agent(envs, args).to(device), Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)

@@ -676,7 +676,7 @@ def train(args, signals=()):
         return Path(args.resume).parents[1]
     earlier_starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
     earlier_starts = min(gather(earlier_starts))  # before any rank adds one
-    env_seed = spread_seed(1, args.seed, global_step, earlier_starts)  # others than those from the same checkpoint had
+    env_seed = spread_seed(1, args.seed, global_step, earlier_starts)  # earlier starts from this checkpoint had others
     envs = make_envs(args, num_envs, env_seed + rank * num_envs, training=True)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)

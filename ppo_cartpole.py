@@ -621,7 +621,7 @@ def train(args, signals=()):
         print(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.")
         return Path(args.resume).parents[1]
     earlier_starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
-    env_seed = spread_seed(1, args.seed, global_step, earlier_starts)  # others than those from the same checkpoint had
+    env_seed = spread_seed(1, args.seed, global_step, earlier_starts)  # earlier starts from this checkpoint had others
     envs = make_envs(args, args.num_envs, env_seed, training=True)
     agent = Agent(envs, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)

@@ -40,6 +40,7 @@ def main(
     total_timesteps: int = 10_000_000,
     buffer_size: int = 20_000,
     learning_starts: int = 1_000,
+    exploration_fraction: float = 0.1,
 ):
     """Train with the defaults of ppo_atari.py or dqn_atari.py; DQN with one game, and a buffer that fits in memory."""
     gym.register_envs(ale_py)
@@ -49,7 +50,8 @@ def main(
         model = PPO("CnnPolicy", envs, vf_coef=0.5, device="cpu", **settings)
     else:
         settings = dict(buffer_size=buffer_size, learning_starts=learning_starts, batch_size=32, learning_rate=1e-4)
-        settings |= dict(train_freq=4, gradient_steps=1, target_update_interval=1000, exploration_final_eps=0.01)
+        settings |= dict(train_freq=4, gradient_steps=1, target_update_interval=1000)
+        settings |= dict(exploration_fraction=exploration_fraction, exploration_final_eps=0.01)
         model = DQN("CnnPolicy", envs, device="cpu", **settings)
     model.learn(total_timesteps, callback=Speed())
 
