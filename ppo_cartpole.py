@@ -612,7 +612,7 @@ def train(args, signals=()):
     """Train as `args` say, until the end or until there is something in `signals`. Returns the run folder."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_num_threads(1)  # layers this small are slower on two
+    torch.set_num_threads(1)  # layers this small gain little from a second, which another run can use
     torch.manual_seed(args.seed)
 
     checkpoint = load_checkpoint(args.resume) if args.resume else None
