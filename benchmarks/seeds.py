@@ -87,7 +87,8 @@ def main(args):
             writer.writeheader()
             writer.writerows(row | about for row in rows)
     scores = [row["mean_return"] for row in rows]
-    print(f"{np.mean(scores):.2f} ± {np.std(scores):.2f} over {len(rows)} seeds, lowest {min(scores):.2f}")
+    std = np.std(scores, ddof=1) if len(scores) > 1 else 0
+    print(f"{np.mean(scores):.2f} ± {std:.2f} over {len(rows)} seeds, lowest {min(scores):.2f}")
     if args.threshold is not None:
         steps = [row["threshold_step"] or np.inf for row in rows]
         print(f"{args.threshold:g} reached after {np.median(steps):,.0f} steps (median), {max(steps):,.0f} at most")
