@@ -76,7 +76,7 @@ class Args:
     run_dir: str | None = None  # folder of this run; None: runs/{env_id}__{exp_name}__{seed}__{unix time}
     save_freq: int | None = None  # steps between checkpoints; None: a tenth of the run
     resume: str | None = None  # run folder or checkpoint to go on from; flags given beside it replace the saved ones
-    cuda: bool = False  # train on the GPU; networks as small as these gain little from one
+    cuda: bool = False  # train on the GPU; without one, on the CPU
     torch_deterministic: bool = True  # only deterministic cuDNN kernels; off may be faster
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "single-file-rl"  # W&B project
