@@ -88,6 +88,7 @@ class Args:
     resume: str | None = None  # run folder or checkpoint to go on from; flags given beside it replace the saved ones
     cuda: bool = True  # train on the GPU; without one, on the CPU
     torch_deterministic: bool = True  # only deterministic cuDNN kernels; off may be faster
+    bf16: bool = False  # compute the CNN in bfloat16: 3 digits, and faster where the processor or GPU has it
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "single-file-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team; None: your own account
@@ -235,6 +236,7 @@ class Agent(nn.Module):
 
     def __init__(self, envs, args):
         super().__init__()
+        self.bf16 = args.bf16
         self.network = nn.Sequential(  # (N, 4, 84, 84)
             layer_init(nn.Conv2d(4, 32, kernel_size=8, stride=4)),  # (N, 32, 20, 20)
             nn.ReLU(),
@@ -254,7 +256,9 @@ class Agent(nn.Module):
     def forward(self, obs):
         """obs (N, 4, 84, 84) uint8 -> logits (N, A), values (N,)"""
         x = obs.contiguous(memory_format=torch.channels_last).float()  # a copy, as obs is bytes
-        x = self.network(x.div_(255))  # (N, 512)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):  # weights and gradients stay float32
+            x = self.network(x.div_(255))  # (N, 512)
+        x = x.float()  # probability ratios and values need the digits
         return self.actor(x), self.critic(x).squeeze(-1)
 
     def act(self, obs, greedy):
