@@ -224,7 +224,10 @@ DQN = (
 )
 
 
-@pytest.mark.parametrize(("module", "settings"), [PPO, DQN], ids=["ppo_atari", "dqn_atari"])
+BF16 = (ppo_atari, PPO[1] | dict(bf16=True))
+
+
+@pytest.mark.parametrize(("module", "settings"), [PPO, BF16, DQN], ids=["ppo_atari", "bf16", "dqn_atari"])
 @pytest.mark.parametrize("probe", [RewardFromActionAndObs, Endless])
 def test_probe_in_frames(module, settings, probe, tmp_path, monkeypatch):
     """Sees what a frame shows; the end of a game or the loss of a life, which never ends it, ends the value."""
@@ -255,3 +258,20 @@ def test_ratio_is_one_before_the_first_gradient_step(module):
     _, metrics = module.ppo_loss(agent, (obs, actions, logprobs, values, *torch.randn(2, 4)), args)
     assert metrics["approx_kl"].item() == pytest.approx(0, abs=1e-6)
     assert metrics["clipfrac"].item() == 0
+
+
+def test_bf16_is_the_same_network_with_fewer_digits():
+    """What is learned from and what learns stay float32; only what the CNN computes loses digits."""
+    outputs, gradients = [], []
+    for bf16 in (False, True):
+        args = ppo_atari.Args(bf16=bf16)
+        envs = ppo_atari.make_envs(args, 8, seed=0, training=True)
+        torch.manual_seed(0)
+        agent = ppo_atari.Agent(envs, args)
+        logits, values = agent(torch.as_tensor(envs.reset()[0]))
+        (100 * logits.square().sum() + values.sum()).backward()
+        outputs.append(torch.cat([logits, values.unsqueeze(-1)], dim=-1).detach())
+        gradients.append(torch.cat([weight.grad.flatten() for weight in agent.parameters()]))
+    for (exact, rounded), tolerance in ((outputs, 0.02), (gradients, 0.1)):
+        assert exact.dtype == rounded.dtype == torch.float32
+        assert 0 < (exact - rounded).norm() < tolerance * exact.norm()
