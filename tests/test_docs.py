@@ -53,7 +53,7 @@ def test_flags_exist(page):
         for name in re.findall(r"(?m)^    (\w+): .* = |(?<=[(, ])(\w+): \w+ = ", file.read_text()):
             known.add(f"--{(name[0] or name[1]).replace('_', '-')}")
     known |= {flag.replace("--", "--no-", 1) for flag in known}
-    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / page).read_text()))
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", (ROOT / page).read_text()))
     assert used <= known | {"--script"}, f"{page}: {sorted(used - known)}"
 
 
