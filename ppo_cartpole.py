@@ -87,7 +87,7 @@ class Args:
     learning_rate: float = 2e-3  # Adam's step size; larger learns faster until it diverges
     anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
     gamma: float = 0.98  # discount per step; nearer to 1 looks further ahead
-    gae_lambda: float = 0.8  # 0: advantages from the value function alone (biased), 1: from returns alone (noisy)
+    gae_lambda: float = 0.8  # 0: advantages trust the value function (biased), 1: the rewards of the rollout (noisy)
     num_minibatches: int = 1  # parts a rollout is cut into; more parts, more and noisier gradient steps
     update_epochs: int = 20  # passes over a rollout; more take more from each step, and overfit it sooner
     norm_adv: bool = True  # normalize advantages to mean 0 and std 1 in each minibatch

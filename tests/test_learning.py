@@ -245,19 +245,28 @@ def test_probe_in_frames_truncation_is_not_termination(module, settings, tmp_pat
     assert state_values(agent, obs) == pytest.approx([-4, 2, 2], abs=0.4)  # V = 1 / (1 - 0.5), and 0.5 V - 5 at first
 
 
-@pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
-def test_ratio_is_one_before_the_first_gradient_step(module):
-    """Rollout and loss see the same policy: else clipping works on an error of ours."""
-    args = module.Args()
-    envs = module.make_envs(args, 4, seed=0, training=True)
-    agent = module.Agent(envs, args)
-    obs = torch.as_tensor(envs.reset()[0])
-    with torch.no_grad():
-        logits, values = agent(obs)
-        actions, logprobs = sample(logits)
-    _, metrics = module.ppo_loss(agent, (obs, actions, logprobs, values, *torch.randn(2, 4)), args)
-    assert metrics["approx_kl"].item() == pytest.approx(0, abs=1e-6)
-    assert metrics["clipfrac"].item() == 0
+CARTPOLE = (ppo_cartpole, dict(norm_obs=True, learning_rate=1e-2, total_timesteps=4 * 256))
+FRAMES = (ppo_atari, dict(num_envs=4, num_steps=16, num_minibatches=2, learning_rate=1e-3, total_timesteps=4 * 64))
+
+
+@pytest.mark.parametrize(("module", "settings"), [CARTPOLE, FRAMES], ids=["ppo_cartpole", "ppo_atari"])
+def test_ratio_is_one_before_the_first_gradient_step(module, settings, tmp_path, monkeypatch):
+    """What a rollout stored is what the policy saw and did: else clipping works on an error of ours."""
+    update, spread, ratios = module.ppo_update, [], []
+
+    def watch(agent, optimizer, batch, args, **more):
+        with torch.no_grad():
+            log_pi = agent(batch[0])[0].log_softmax(-1)
+        spread.append(log_pi.std(0).mean().item())  # how much the policy depends on what it sees
+        ratios.append((log_pi.gather(-1, batch[1].unsqueeze(-1)).squeeze(-1) - batch[2]).exp())
+        return update(agent, optimizer, batch, args, **more)
+
+    monkeypatch.setattr(module, "ppo_update", watch)
+    module.train(module.Args(run_dir=str(tmp_path / "run"), cuda=False, **settings))
+    assert len(ratios) == 4
+    assert spread[-1] > 0.01  # else rows that do not belong together would go unnoticed
+    assert (torch.cat(ratios) - 1).abs().max() < 1e-4
+
 
 
 def test_bf16_is_the_same_network_with_fewer_digits():
