@@ -262,11 +262,12 @@ def test_ratio_is_one_before_the_first_gradient_step(module, settings, tmp_path,
         return update(agent, optimizer, batch, args, **more)
 
     monkeypatch.setattr(module, "ppo_update", watch)
+    if module is ppo_atari:  # games look too much alike at their start
+        monkeypatch.setattr(module, "make_envs", lambda args, n, seed, training: InFrames(RewardFromActionAndObs, n))
     module.train(module.Args(run_dir=str(tmp_path / "run"), cuda=False, **settings))
     assert len(ratios) == 4
     assert spread[-1] > 0.01  # else rows that do not belong together would go unnoticed
     assert (torch.cat(ratios) - 1).abs().max() < 1e-4
-
 
 
 def test_bf16_is_the_same_network_with_fewer_digits():
