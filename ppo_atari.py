@@ -88,7 +88,7 @@ class Args:
     resume: str | None = None  # run folder or checkpoint to go on from; flags given beside it replace the saved ones
     cuda: bool = True  # train on the GPU; without one, on the CPU
     torch_deterministic: bool = True  # only deterministic cuDNN kernels; off may be faster
-    bf16: bool = False  # compute the CNN in bfloat16, to 2 or 3 digits: faster where the hardware has it
+    bf16: bool = False  # compute the CNN in bfloat16, to 2 or 3 digits: faster on some processors, slower on others
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "single-file-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team; None: your own account
