@@ -668,6 +668,7 @@ def train(args, signals=()):
         fail(f"--num-envs {args.num_envs} must give each of the {num_ranks} processes {share}.", code=2)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if num_ranks > 1:
+        importlib.import_module("torch._dynamo")  # Adam imports it, too; later, it would never let go of the group
         torch.distributed.init_process_group()  # NCCL between GPUs, gloo between CPUs
         # A Ctrl-C reaches us directly and through torchrun: the second must not end the program at once.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -795,6 +796,7 @@ def train(args, signals=()):
 
     envs.close()
     if num_ranks > 1:
+        del learner  # the last that holds the process group, whose threads must end before Python does, or may abort
         torch.distributed.destroy_process_group()
     if rank > 0:
         return None
