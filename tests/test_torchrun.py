@@ -87,7 +87,8 @@ def finish(processes):
     finally:
         for process in processes:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                for pid in [process.pid, *workers(process)]:  # each in a session of its own
+                    os.killpg(pid, signal.SIGKILL)
     return [process.returncode for process in processes], "".join(texts)
 
 
