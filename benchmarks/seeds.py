@@ -2,13 +2,17 @@
 
     python benchmarks/seeds.py --script ppo_cartpole.py --threshold 475 --greedy --csv benchmarks/cartpole.csv
     python benchmarks/seeds.py --script ppo_cartpole.py --seeds 1 2 3 --flags="--env-id Acrobot-v1 --norm-obs"
+    python benchmarks/seeds.py --script ppo_atari.py --seeds 1 --threshold 30 100 400 --keep runs/breakout
 
-Runs one after the other, each as a user would type it; `seconds` is the whole command, imports included.
+Runs one after the other, each as a user would type it; `seconds` is the whole command, imports included. --keep leaves
+the run folders, from which a run that was stopped goes on with --resume; its seconds are then yours to add up.
 """
 
 import csv
 import json
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -30,11 +34,11 @@ class Args:
     script: str  # training script
     seeds: list[int] = field(default_factory=lambda: list(range(1, 11)))  # seeds, in this order
     flags: str = ""  # further flags of the training script, as one string
-    threshold: float | None = None  # also find when the mean of 20 training episodes first reaches this
+    threshold: list[float] = field(default_factory=list)  # also find when the mean of 20 training episodes first is >=
     episodes: int = 100  # of each evaluation
     greedy: bool = False  # evaluate with the likeliest actions
     csv: str | None = None  # write the rows here
-    keep: Path | None = None  # keep the run folders in this one; None: remove them
+    keep: Path | None = None  # keep the run folders in this one, named by their seeds; None: remove them
 
 
 def first_reached(run_dir, threshold, start):
@@ -55,18 +59,25 @@ def score_of(run_dir, episodes, greedy):
     return json.loads(result.read_text())
 
 
+def machine():
+    """The processor and how many of its cores there are."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows best
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
+
+
 def one_run(args, seed, folder):
     """Train with `seed` in `folder`, evaluate; returns the CSV row as a dict."""
     run_dir = Path(folder) / str(seed)
     command = [sys.executable, ROOT / args.script, "--seed", seed, "--run-dir", run_dir, *shlex.split(args.flags)]
     start = time.time()
-    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    subprocess.run([str(word) for word in command], check=True)
     seconds = time.time() - start
     score = score_of(run_dir, args.episodes, args.greedy)
     row = {"seed": seed, "steps": score["global_step"], "seconds": round(seconds, 1)}
-    if args.threshold is not None:
-        step, after = first_reached(run_dir, args.threshold, start)
-        row |= {"threshold_step": step, "threshold_seconds": after}
+    for threshold in args.threshold:
+        step, after = first_reached(run_dir, threshold, start)
+        row |= {f"steps_to_{threshold:g}": step, f"seconds_to_{threshold:g}": after}
     row |= {name: round(score[name], 3) for name in ("mean_return", "std_return")}
     return row | {"min_return": min(score["returns"]), "truncated": score["truncated"], "episodes": args.episodes}
 
@@ -75,6 +86,7 @@ def main(args):
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     about = {"command": f"{args.script} {args.flags}".strip(), "commit": commit.stdout.strip()}
     about |= {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    about |= {"machine": machine()}
     print(about, flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -89,9 +101,9 @@ def main(args):
     scores = [row["mean_return"] for row in rows]
     std = np.std(scores, ddof=1) if len(scores) > 1 else 0
     print(f"{np.mean(scores):.2f} ± {std:.2f} over {len(rows)} seeds, lowest {min(scores):.2f}")
-    if args.threshold is not None:
-        steps = [row["threshold_step"] or np.inf for row in rows]
-        print(f"{args.threshold:g} reached after {np.median(steps):,.0f} steps (median), {max(steps):,.0f} at most")
+    for threshold in args.threshold:
+        steps = [row[f"steps_to_{threshold:g}"] or np.inf for row in rows]
+        print(f"{threshold:g} reached after {np.median(steps):,.0f} steps (median), {max(steps):,.0f} at most")
 
 
 if __name__ == "__main__":
