@@ -4,7 +4,7 @@
     python benchmarks/seeds.py --script ppo_cartpole.py --seeds 1 2 3 --flags="--env-id Acrobot-v1 --norm-obs"
     python benchmarks/seeds.py --script ppo_atari.py --seeds 1 --threshold 30 100 400 --keep runs/breakout
 
-Runs one after the other, each as a user would type it; `seconds` is the whole command, imports included. --keep leaves
+Runs one after the other, each as a user would type it; `seconds` is all of training, imports included. --keep leaves
 the run folders, from which a run that was stopped goes on with --resume; its seconds are then yours to add up.
 """
 
@@ -34,6 +34,7 @@ class Args:
     script: str  # training script
     seeds: list[int] = field(default_factory=lambda: list(range(1, 11)))  # seeds, in this order
     flags: str = ""  # further flags of the training script, as one string
+    then: str | None = None  # flags of a second command, which goes on with --resume where the first one ended
     threshold: list[float] = field(default_factory=list)  # also find when the mean of 20 training episodes first is >=
     episodes: int = 100  # of each evaluation
     greedy: bool = False  # evaluate with the likeliest actions
@@ -69,9 +70,12 @@ def machine():
 def one_run(args, seed, folder):
     """Train with `seed` in `folder`, evaluate; returns the CSV row as a dict."""
     run_dir = Path(folder) / str(seed)
-    command = [sys.executable, ROOT / args.script, "--seed", seed, "--run-dir", run_dir, *shlex.split(args.flags)]
+    commands = [["--seed", str(seed), "--run-dir", run_dir, *shlex.split(args.flags)]]
+    if args.then is not None:
+        commands += [["--resume", run_dir, *shlex.split(args.then)]]
     start = time.time()
-    subprocess.run([str(word) for word in command], check=True)
+    for flags in commands:
+        subprocess.run([sys.executable, ROOT / args.script, *flags], check=True)
     seconds = time.time() - start
     score = score_of(run_dir, args.episodes, args.greedy)
     row = {"seed": seed, "steps": score["global_step"], "seconds": round(seconds, 1)}
@@ -84,7 +88,8 @@ def one_run(args, seed, folder):
 
 def main(args):
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    about = {"command": f"{args.script} {args.flags}".strip(), "commit": commit.stdout.strip()}
+    then = "" if args.then is None else f"; --resume {args.then}"
+    about = {"command": f"{args.script} {args.flags}{then}".strip(), "commit": commit.stdout.strip()}
     about |= {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     about |= {"machine": machine()}
     print(about, flush=True)
@@ -99,8 +104,8 @@ def main(args):
             writer.writeheader()
             writer.writerows(row | about for row in rows)
     scores = [row["mean_return"] for row in rows]
-    std = np.std(scores, ddof=1) if len(scores) > 1 else 0
-    print(f"{np.mean(scores):.2f} ± {std:.2f} over {len(rows)} seeds, lowest {min(scores):.2f}")
+    if len(scores) > 1:
+        print(f"{np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f} over {len(rows)} seeds, lowest {min(scores):.2f}")
     for threshold in args.threshold:
         steps = [row[f"steps_to_{threshold:g}"] or np.inf for row in rows]
         print(f"{threshold:g} reached after {np.median(steps):,.0f} steps (median), {max(steps):,.0f} at most")
