@@ -11,43 +11,37 @@
 #     "tyro==1.0.17",
 # ]
 # ///
-"""DQN on Atari: deep Q-learning with a replay buffer and a target network (Mnih et al. 2015, "Nature DQN").
+"""DQN on Atari: deep Q-learning with a replay memory and a target network (Mnih et al. 2015, "Nature DQN").
 
     python dqn_atari.py --env-id BreakoutNoFrameskip-v4 --cuda
     python evaluate.py runs/<run>
 
-Measured: Pong 19.5 (1 seed, 100 games, 1.4 million steps on two CPU cores, with the flags in README.md's results). The
-defaults have not been run to their end.
+Measured: Pong 19.5 (1 seed, 100 games, 1.4 million steps on two CPU cores, with the flags in README.md). The defaults
+have not been run to their end. A step is one action, held for 4 frames. The replay memory is a file in the run folder:
+7.1 GB for a million steps, and 3.5 GB for the steps between two checkpoints. A finished run removes it.
 
-For every *NoFrameskip and ALE/*-v5 game of ale-py. A step is one decision of the agent: 4 frames of the game. The
-replay buffer stores each frame once, in a file of the run folder that is mapped into memory: 7.1 GB for a million steps
-and 3.5 GB for those between two checkpoints. It is removed when the run is finished.
+The hyperparameters are those of CleanRL's published scores. Different in the paper: 50 million steps; RMSProp, not Adam
+at 1e-4; a clipped error, not a squared one; learning from step 50,000; the target network copied every 10,000 gradient
+steps; exploration that falls to 0.1. Different from CleanRL, (4) to (6) because ale-py's games are so:
 
-Hyperparameters are those of CleanRL's published scores. They depart from the paper: 10 million steps, not 50; Adam at
-1e-4 instead of RMSProp; the squared error, not clipped; learning from step 80,000 on, not 50,000; a target network that
-is copied every 1,000 steps, not every 10,000 gradient steps; exploration that falls to 0.01, not to 0.1 (0.05 where the
-paper evaluates).
-
-Departs from CleanRL: (1) orthogonal initialization: PyTorch's own takes many more gradient steps to notice the first
-rewards; (2) several games are played side by side; gradient steps, target updates and exploration go by the steps of
-all games together, as with one game; (3) a game cut off after 108,000 frames is not taken for a lost one, its last
-frame has a value; (4) FIRE is pressed for the agent at the start of a game, but not after a lost life; (5) frame stacks
-start with zeros, not with copies of the first frame; (6) the maximum of two frames is taken in gray, not in color. (4)
-to (6) are how ale-py's native environment works.
+(1) Orthogonal initialization: PyTorch's own takes many more gradient steps to notice the first rewards.
+(2) Several games are played side by side. Gradient steps and target updates come as often per step as with one game.
+(3) A game truncated at 108,000 frames is not treated as lost: its last observation is bootstrapped. Its newest frame
+    is a little off there: ale-py gives the maximum with the picture before.
+(4) A game starts with FIRE, if it has that button, and 0 to 29 idle frames; after a lost life, the agent must press it.
+(5) Frame stacks start with zeros and continue through a lost life.
+(6) The maximum of two frames is taken in gray, not in color.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import difflib
-import importlib.util
+import importlib
 import json
 import math
 import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
 from collections import deque
@@ -65,154 +59,36 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-gym.register_envs(ale_py)
-FORMAT = 1  # of a checkpoint; a file with another number is refused
-
-
-def fail(message, code=1):
-    """End the program with one sentence instead of a traceback. Exit code 2: wrong usage; 1: anything else."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 # ---- Arguments ----
 
 
 @dataclass
 class Args:
-    env_id: str = "BreakoutNoFrameskip-v4"  # a *NoFrameskip id, or ALE/*-v5 (the game repeats an action by chance)
-    total_timesteps: int = 10_000_000  # steps (of 4 frames), all games together
+    env_id: str = "BreakoutNoFrameskip-v4"  # a *NoFrameskip id; or ALE/*-v5, where actions stick at random
+    total_timesteps: int = 10_000_000  # agent steps (4 frames each) over all games
+    learning_rate: float = 1e-4  # Adam's step size; larger learns faster until it diverges
+    num_envs: int = 8  # games played side by side; the number of gradient steps stays the same
+    buffer_size: int = 1_000_000  # steps to learn from, 7 kB each on disk; larger holds older, more diverse ones
+    gamma: float = 0.99  # discount per step; nearer to 1 looks further ahead
+    tau: float = 1.0  # how far an update moves the target network toward the network; 1: copies it
+    target_network_frequency: int = 1000  # steps between updates of the target network; more: steadier and slower
+    batch_size: int = 32  # transitions per gradient step (M)
+    start_e: float = 1.0  # chance of a random action (epsilon) when learning starts; before, all actions are random
+    end_e: float = 0.01  # chance of a random action once it has fallen, and in evaluate.py
+    exploration_fraction: float = 0.1  # part of the run over which epsilon falls linearly, once learning has started
+    learning_starts: int = 80_000  # steps in the buffer before the first gradient step
+    train_frequency: int = 4  # steps per gradient step; fewer learn more from each step and take more time
+
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
-    seed: int = 1  # of everything random; on the CPU, the same seed gives the same run, bit for bit
+    seed: int = 1  # of every random choice; on a CPU with as many threads, equal seeds give bit-identical runs
     run_dir: str | None = None  # folder of this run; None: runs/{env_id}__{exp_name}__{seed}__{unix time}
-    save_freq: int = 500_000  # steps between checkpoints of 27 MB; larger takes 7 kB more disk per step
-    resume: str | None = None  # run folder or checkpoint to go on from; flags given beside it replace the saved ones
+    save_freq: int = 500_000  # steps between checkpoints (27 MB), 7 kB of disk each; one ends the games in progress
+    resume: str | None = None  # run folder or checkpoint to resume; flags you pass override the saved ones
     cuda: bool = True  # train on the GPU; without one, on the CPU
     torch_deterministic: bool = True  # only deterministic cuDNN kernels; off may be faster
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "single-file-rl"  # W&B project
     wandb_entity: str | None = None  # W&B team; None: your own account
-
-    num_envs: int = 8  # games played side by side; the number of gradient steps stays the same
-    buffer_size: int = 1_000_000  # steps to learn from, 7 kB each on the disk; larger holds older, more diverse ones
-    learning_starts: int = 80_000  # steps before the first gradient step; until then the buffer fills
-    train_frequency: int = 4  # steps per gradient step; fewer learn more from each step, and cost more time
-    batch_size: int = 32  # transitions per gradient step (M)
-    learning_rate: float = 1e-4  # Adam's step size; larger learns faster until it diverges
-    gamma: float = 0.99  # discount per step; nearer to 1 looks further ahead
-    target_network_frequency: int = 1000  # steps between updates of the target network; more are steadier and slower
-    tau: float = 1.0  # how far an update moves the target network toward the network; 1: copies it
-    start_e: float = 1.0  # chance of a random action (epsilon) at the start
-    end_e: float = 0.01  # chance of a random action after --exploration-fraction of the run, and in evaluate.py
-    exploration_fraction: float = 0.1  # part of the run over which epsilon falls linearly
-
-    def __post_init__(self):
-        """Refuse what cannot work, naming the flag, what it got and what it takes."""
-        for name in "total_timesteps save_freq num_envs train_frequency batch_size target_network_frequency".split():
-            if getattr(self, name) < 1:
-                fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.", code=2)
-        if not 0 <= self.seed < 2**32:
-            fail(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}.", code=2)
-        for name in "learning_rate learning_starts".split():
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                fail(f"--{name.replace('_', '-')} must be a number of 0 or more, got {value}.", code=2)
-        for name in "gamma tau start_e end_e exploration_fraction".split():
-            if not 0 <= getattr(self, name) <= 1:
-                fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(self, name)}.", code=2)
-        if self.buffer_size < self.num_envs:
-            fail(f"--buffer-size {self.buffer_size} is less than one step of --num-envs = {self.num_envs} games.", 2)
-        if self.total_timesteps <= self.learning_starts:
-            steps = f"--total-timesteps {self.total_timesteps}"
-            fail(f"--learning-starts {self.learning_starts} must be less than {steps}: nothing would be learned.", 2)
-
-
-# ---- Environment ----
-
-
-def spread_seed(*key):
-    """A seed in [0, 2**30) hashed from integers: environments count up from it, so runs 1, 2, 3 must lie far apart."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
-
-
-class AtariGames(VectorWrapper):
-    """N games in lockstep: all that happens to frames, lives and rewards between the console and the agent.
-
-    obs: (N, 4, 84, 84) uint8. A game that ends restarts on the same step: obs is then the first of the new game, the
-    last of the old one is in infos["final_obs"]. rewards: (N,), in training clipped to -1, 0, 1.
-    infos["raw_rewards"]: (N,) points of the game. infos["life_lost"]: (N,) bool, the game goes on with one life fewer.
-    """
-
-    def __init__(self, game, num_envs, repeat_action_probability, training, render):
-        protocol = dict(
-            num_envs=num_envs,
-            batch_size=0,  # a step waits for all games
-            num_threads=0,  # one emulator thread for each core
-            frameskip=4,  # an action is held for 4 frames: 15 decisions per second of play
-            maxpool=True,  # a picture is the maximum of the last 2 frames: some sprites are drawn on every other one
-            noop_max=30,  # a game begins with 0 to 29 idle frames, drawn by the seed: else all would be the same
-            use_fire_reset=True,  # and with FIRE where nothing moves before it; after a lost life, the agent presses it
-            max_num_frames_per_episode=108_000,  # half an hour of play, then the game is truncated
-            repeat_action_probability=repeat_action_probability,  # chance per frame that the last action stays on
-            continuous=False,  # actions are the buttons of the joystick
-            full_action_space=False,  # the actions that do something in this game: 4 in Breakout, 6 in Pong, at most 18
-            episodic_life=False,  # would restart the whole game at a lost life: later lives would never be seen
-            life_loss_info=False,  # would call a lost life terminated; step() below keeps the two apart
-            reward_clipping=False,  # would hide the score; step() below clips what is learned from
-            autoreset_mode=AutoresetMode.SAME_STEP,  # every step is a real one, none is spent on a reset
-        )
-        seen = dict(
-            grayscale=True,  # brightness alone: a third of the bytes
-            img_height=84,  # 210 pixels on the console
-            img_width=84,  # 160 pixels on the console
-            stack_num=4,  # the last 4 pictures, so that one observation shows what moves where
-        )
-        super().__init__(AtariVectorEnv(game, **seen, **protocol))
-        self.metadata = self.metadata | {"render_fps": 15}  # the console draws 60 pictures a second
-        self.training = training
-        self.camera = None
-        if render:  # the same games once more, as they look: same seed and actions, so the same frames
-            shown = dict(grayscale=False, img_height=210, img_width=160, stack_num=1)
-            self.camera = AtariVectorEnv(game, **shown, **protocol)
-
-    def reset(self, *, seed=None, options=None):
-        obs, infos = self.env.reset(seed=seed, options=options)
-        self.lives = infos["lives"]
-        if self.camera:
-            self.picture = self.camera.reset(seed=seed, options=options)[0]
-        return obs, infos
-
-    def step(self, actions):
-        obs, rewards, terminated, truncated, infos = self.env.step(actions)
-        infos["life_lost"] = (infos["lives"] < self.lives) & ~(terminated | truncated)  # those have a new game's lives
-        self.lives = infos["lives"]
-        infos["raw_rewards"] = rewards
-        if self.training:
-            rewards = np.sign(rewards)  # one scale for all games: the same learning rate serves 1 point and 1,000
-        if self.camera:
-            self.picture = self.camera.step(actions)[0]
-        return obs, rewards, terminated, truncated, infos
-
-    def render(self):
-        """One picture per game, (210, 160, 3) uint8 RGB."""
-        return tuple(self.picture[:, 0])
-
-
-def make_envs(args, num_envs, seed, training, render=False):
-    """`num_envs` seeded games of --env-id. `training=False`: rewards are the game's own points."""
-    spec = gym.registry.get(args.env_id)
-    playable = [name for name in gym.registry if "NoFrameskip" in name or name.startswith("ALE/")]
-    if spec is None:
-        close = ", ".join(difflib.get_close_matches(args.env_id, playable))
-        fail(f"--env-id {args.env_id} is not registered.{f' Close: {close}.' if close else ''}", code=2)
-    if "game" not in spec.kwargs:
-        fail(f"--env-id {args.env_id} is no Atari game; for vector observations use ppo_cartpole.py.", code=2)
-    if args.env_id not in playable:
-        other = f"{spec.name}NoFrameskip-v4"
-        fail(f"--env-id {args.env_id} skips a random number of frames, which is not supported: take {other}.", code=2)
-    envs = AtariGames(spec.kwargs["game"], num_envs, spec.kwargs["repeat_action_probability"], training, render)
-    envs.reset(seed=seed)  # the caller's own reset() goes on from this seed
-    return envs
 
 
 # ---- Network ----
@@ -240,19 +116,19 @@ class Agent(nn.Module):
             nn.Flatten(),
             layer_init(nn.Linear(64 * 7 * 7, 512)),
             nn.ReLU(),
-            layer_init(nn.Linear(512, envs.single_action_space.n), std=0.01),  # all Q-values near 0
+            layer_init(nn.Linear(512, envs.single_action_space.n), std=0.01),  # all Q-values near 0 at first
         )
-        # Gradient steps on a CPU are 1.2 times as fast for it. After layer_init, which needs the usual format.
+        # channels_last makes training on a CPU 1.2 times as fast. After layer_init, which needs the default layout.
         self.network.to(memory_format=torch.channels_last)
         self.end_e = args.end_e
 
     def forward(self, obs):
         """obs (N, 4, 84, 84) uint8 -> Q-values (N, A)"""
-        x = obs.contiguous(memory_format=torch.channels_last).float()  # a copy, as obs is bytes
+        x = obs.contiguous(memory_format=torch.channels_last).float()  # always a copy: div_ leaves obs alone
         return self.network(x.div_(255))
 
     def act(self, obs, greedy):
-        """obs (N, 4, 84, 84) uint8 -> actions (N,) int64: the best ones, or exploring as at the end of training."""
+        """For evaluate.py: obs (N, 4, 84, 84) uint8 -> actions (N,) int64, the best or exploring as training ends."""
         return epsilon_greedy(self(obs), 0.0 if greedy else self.end_e)
 
 
@@ -267,63 +143,48 @@ def epsilon_greedy(q_values, epsilon):
 
 
 class ReplayBuffer:
-    """The last `capacity` steps of N games, each frame stored once; a stack of 4 is put together when it is sampled.
+    """The last `capacity` steps of N games. Each frame is stored once; sample() puts the stacks of 4 together.
 
-    A ring of rows, one for each step of all games. A row holds the newest frame of what each agent saw, what it did and
-    what came of it; the frame that it saw next is the next row's. Where a game was truncated, the next row is already
-    another game's, so its final frame is kept aside.
+    A ring of rows, each one step of all games: the newest frame that each agent saw, its action, and what came of it.
+    The frame that it saw next is in the next row. Where a game was truncated, the next row is already another game's,
+    so its final frame is kept aside.
 
-    The rows lie in a file that is mapped into memory: the operating system keeps of it what it has room for, and writes
-    it to the disk in its own time. So they outlive the program. A checkpoint only says which rows it counts on; these
-    stay as they are until `spare` more steps have been added.
+    The rows are a memory-mapped file: the system keeps in memory what it has room for, and they outlive the program.
+    A checkpoint only says which rows it counts on; those stay untouched until `spare` more steps have been added.
     """
 
-    def __init__(self, path, obs, capacity, spare, saved=None):
-        """path: the file. obs: (N, 4, 84, 84) uint8, the first observations. capacity, spare: steps of all games.
-
-        saved: the state_dict() to go on from, with its file; else the file is made anew.
-        """
-        N, self.stack, *frame = obs.shape
-        self.path, self.max_filled = path, capacity // N
-        self.num_rows = self.max_filled + self.stack + spare // N + 1  # also the oldest stack, and one incomplete row
+    def __init__(self, folder, envs, capacity, spare):
+        """folder: where replay.bin lies, or will be made by begin_games(). capacity, spare: steps of all games."""
+        self.path, self.num_envs = Path(folder) / "replay.bin", envs.num_envs
+        self.stack, *frame = envs.single_observation_space.shape  # 4, 84, 84
+        fields = [("frame", np.uint8, frame), ("action", np.uint8), ("reward", np.float32), ("terminated", bool)]
+        self.fields = np.dtype([*fields, ("num_earlier", np.uint8)])  # frames of the same game in its stack, up to 3
+        self.max_filled = capacity // self.num_envs  # rows
+        self.num_rows = self.max_filled + self.stack + spare // self.num_envs + 1  # the oldest stack, an unfinished row
         self.count = self.filled = 0  # rows completed so far, and how many of them can be sampled
-        self.final_frames = {}  # row -> {n: final frame of game n, which was truncated in that row's step}
-        if saved:
-            self.num_rows, self.count = saved["num_rows"], saved["count"]
-            for t, n, final_frame in zip(*saved["final_frames"], strict=True):
-                self.final_frames.setdefault(t, {})[n] = final_frame.numpy()
+        self.final_frames = {}  # (row, n) -> final frame of game n, which was truncated at that row's step
+        self.file = None
 
-        fields = [
-            ("frame", np.uint8, frame),
-            ("action", np.uint8),
-            ("reward", np.float32),
-            ("terminated", bool),  # no future after this step
-            ("num_earlier", np.uint8),  # frames of the same game that its stack holds besides, up to 3
-        ]
-        size = self.num_rows * N * np.dtype(fields).itemsize
-        self.file_size = size + 16
-        try:
-            if not saved:
-                allocate(path, self.file_size)
-            self.file = np.memmap(path, fields, "r+", shape=(self.num_rows, N))
-            # Behind the rows: the highest count ever, and the file's identity.
-            self.footer = np.memmap(path, np.int64, "r+", offset=size, shape=2)
-        except OSError as error:
-            what = f"{path} of {self.file_size / 1e9:.1f} GB could not be made or mapped ({error.strerror})"
-            fail(f"{what}: lower --buffer-size or --save-freq.")
-        self.rows = self.file.view(np.ndarray)  # the same memory; indexing a memmap takes longer
-        if saved:  # the run may have gone further than its checkpoint, and overwritten the oldest rows
-            intact = self.num_rows - self.stack - int(self.footer[0] - self.count)
-            self.filled = max(0, min(saved["filled"], intact))
-        else:
+    def begin_games(self, obs):
+        """New games begin: obs (N, 4, 84, 84) is what is seen first."""
+        if self.file is None:
+            make_file(self.path, self.num_rows * self.num_envs * self.fields.itemsize + 16)
+            self.map_file()
             self.footer[1] = int.from_bytes(os.urandom(7))
         self.begin_row(obs, 0)
 
+    def map_file(self):
+        """Rows (num_rows, N) and, behind them, the highest count ever and a number that tells this file from others."""
+        self.file = np.memmap(self.path, self.fields, "r+", shape=(self.num_rows, self.num_envs))
+        self.footer = np.memmap(self.path, np.int64, "r+", offset=self.file.nbytes, shape=2)
+        self.rows = self.file.view(np.ndarray)  # the same memory; indexing a memmap takes longer
+
     def begin_row(self, obs, num_earlier):
         """Write what was seen to the row that waits for its action."""
-        row = self.rows[self.count % self.num_rows]  # (N,)
-        row["frame"], row["num_earlier"] = obs[:, -1], num_earlier
-        self.final_frames.pop(self.count % self.num_rows, None)
+        t = self.count % self.num_rows
+        self.rows["frame"][t], self.rows["num_earlier"][t] = obs[:, -1], num_earlier
+        for n in range(self.num_envs):
+            self.final_frames.pop((t, n), None)
 
     def add(self, actions, rewards, terminated, ended, final_obs, next_obs):
         """Complete a row, and begin the next one with what was seen then. Arrays of N.
@@ -332,13 +193,18 @@ class ReplayBuffer:
         final_obs: {n: final observation (4, 84, 84)} of the truncated games; next_obs is already of the new ones.
         """
         t = self.count % self.num_rows
-        row = self.rows[t]
+        row = self.rows[t]  # (N,)
         row["action"], row["reward"], row["terminated"] = actions, rewards, terminated
-        if final_obs:
-            self.final_frames[t] = {int(n): obs[-1].copy() for n, obs in final_obs.items()}
+        self.final_frames |= {(t, n): obs[-1].copy() for n, obs in final_obs.items()}
         self.count, self.filled = self.count + 1, min(self.filled + 1, self.max_filled)
         self.footer[0] = max(self.footer[0], self.count)
         self.begin_row(next_obs, np.where(ended, 0, np.minimum(row["num_earlier"] + 1, self.stack - 1)))
+
+    def end_games(self):
+        """Truncate the games in progress: what was seen last is their final frame."""
+        t = (self.count - 1) % self.num_rows
+        for n, frame in enumerate(self.rows["frame"][self.count % self.num_rows].copy()):
+            self.final_frames.setdefault((t, n), frame)
 
     def sample(self, batch_size):
         """Transitions drawn uniformly: frames, actions, rewards, terminated, as tensors.
@@ -347,94 +213,54 @@ class ReplayBuffer:
         last one means nothing where terminated. actions: (M,) int64; rewards: (M,) float32; terminated: (M,) bool.
         """
         ages = torch.randint(1, self.filled + 1, (batch_size,)).numpy()  # 1: the newest complete row
-        t, n = (self.count - ages) % self.num_rows, torch.randint(self.rows.shape[1], (batch_size,)).numpy()
+        t, n = (self.count - ages) % self.num_rows, torch.randint(self.num_envs, (batch_size,)).numpy()
         offsets = np.arange(1 - self.stack, 2)  # -3, -2, -1, 0, 1
         frames = self.rows["frame"][(t[:, None] + offsets) % self.num_rows, n[:, None]]  # (M, 5, 84, 84)
         frames[-offsets > self.rows["num_earlier"][t, n][:, None]] = 0  # the stack of a new game starts with zeros
-        for i, (row, game) in enumerate(zip(t, n, strict=True)):
-            if game in self.final_frames.get(row, ()):
-                frames[i, -1] = self.final_frames[row][game]
+        for i, key in enumerate(zip(t.tolist(), n.tolist(), strict=True)):
+            if key in self.final_frames:
+                frames[i, -1] = self.final_frames[key]
         actions = self.rows["action"][t, n].astype(np.int64)  # as gather() wants them
         batch = (frames, actions, self.rows["reward"][t, n], self.rows["terminated"][t, n])
         return [torch.from_numpy(x) for x in batch]
 
     def state_dict(self):
-        """What a checkpoint needs beside the file. To a resumed run, the games in progress count as truncated here."""
-        newest = (self.count - 1) % self.num_rows
-        in_progress = dict(enumerate(self.rows["frame"][self.count % self.num_rows]))
-        final_frames = self.final_frames | {newest: in_progress | self.final_frames.get(newest, {})}
-        t, n, frames = zip(*((t, n, frame) for t in final_frames for n, frame in final_frames[t].items()), strict=True)
-        return {
-            "count": self.count,
-            "filled": self.filled,
-            "final_frames": (t, n, torch.from_numpy(np.stack(frames))),
-            "num_rows": self.num_rows,
-            "max_filled": self.max_filled,
-            "num_envs": self.rows.shape[1],
-            "file_size": self.file_size,
-            "identity": int(self.footer[1]),
-        }
+        """What a checkpoint says of the file. Waits until all of it is on the disk."""
+        self.file.flush()
+        self.footer.flush()
+        final_frames = {key: torch.from_numpy(frame) for key, frame in self.final_frames.items()}
+        sizes = {"num_envs": self.num_envs, "max_filled": self.max_filled, "num_rows": self.num_rows}
+        position = {"count": self.count, "filled": self.filled, "identity": int(self.footer[1])}
+        return sizes | position | {"final_frames": final_frames}
 
-    def flush(self):
-        """Wait until all rows are on the disk, and return whether they are. The system writes most as they come."""
-        try:
-            self.file.flush()
-            self.footer.flush()
-        except OSError as error:
-            print(f"{self.path} could not be written: {error}", file=sys.stderr, flush=True)
-            return False
-        return True
-
-
-def allocate(path, size):
-    """Make a file of `size` bytes that are really there: if the disk fills up later, a hole would end the program."""
-    path.unlink(missing_ok=True)
-    try:
-        with open(path, "wb") as file:
-            file.truncate(size)
-            if hasattr(os, "posix_fallocate"):  # not on Windows and macOS
-                os.posix_fallocate(file.fileno(), 0, size)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def check_disk(args):
-    """Refuse a replay buffer that the disk has no room for, before anything is written."""
-    needed = (args.buffer_size + min(args.save_freq, args.total_timesteps)) * 84 * 84
-    folder = Path(args.run_dir or "runs").absolute()
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if os.path.exists(path))).free
-    if os.path.exists(folder / "replay.bin"):
-        free += os.path.getsize(folder / "replay.bin")  # which is replaced
-    if needed > free:
-        gb = f"{needed / 1e9:.1f} GB on the disk, of which {free / 1e9:.1f} GB are free"
-        fail(f"--buffer-size {args.buffer_size} and --save-freq {args.save_freq} need {gb}: lower them.", code=2)
-
-
-def kept_replay(checkpoint, args):
-    """What a checkpoint says of its replay buffer, if the file is still there; None if a new one must be filled."""
-    saved, file = checkpoint.get("replay"), Path(args.run_dir or "") / "replay.bin"
-    if args.run_dir is None or not isinstance(saved, dict) or not file.is_file():
-        return None
-    if np.fromfile(file, np.int64, offset=saved["file_size"] - 8).tolist() != [saved["identity"]]:
-        return None  # the file of another buffer
-    if (saved["num_envs"], saved["max_filled"]) != (args.num_envs, args.buffer_size // args.num_envs):
-        fail(f"--num-envs and --buffer-size must stay as they were, or {file} be removed: a new one is then filled.", 2)
-    return saved
+    def load_state_dict(self, state):
+        """Go on with a checkpoint's rows. If their file is gone, the buffer stays empty and is filled anew."""
+        end = state["num_rows"] * state["num_envs"] * self.fields.itemsize + 8
+        if not self.path.is_file() or np.fromfile(self.path, np.int64, offset=end).tolist() != [state["identity"]]:
+            return
+        if (state["num_envs"], state["max_filled"]) != (self.num_envs, self.max_filled):
+            fail(f"--num-envs and --buffer-size must stay as they were, unless you remove {self.path}.", code=2)
+        self.num_rows, self.count = state["num_rows"], state["count"]
+        self.map_file()
+        self.final_frames = {key: frame.numpy() for key, frame in state["final_frames"].items()}
+        # The run may have gone on after its checkpoint, and have overwritten the oldest rows.
+        self.filled = max(0, min(state["filled"], self.num_rows - self.stack - int(self.footer[0] - self.count)))
 
 
 # ---- Learning ----
 
 
 def annealed_epsilon(args, global_step):
-    """The chance of a random action after `global_step` steps: linear, reaching end_e after exploration_fraction."""
-    fraction_done = min(1, global_step / max(1, args.exploration_fraction * args.total_timesteps))
-    return args.start_e + fraction_done * (args.end_e - args.start_e)
+    """The chance of a random action: 1 until learning starts, then falling linearly from start_e to end_e."""
+    if global_step < args.learning_starts:
+        return 1.0
+    num_steps = max(1, args.exploration_fraction * args.total_timesteps)
+    return args.start_e + min(1, (global_step - args.learning_starts) / num_steps) * (args.end_e - args.start_e)
 
 
 @torch.no_grad()
 def td_target(target_agent, rewards, next_obs, terminated, gamma):
-    """The TD target, (M,): reward and discounted best Q-value of what was seen next (Mnih et al. 2015, Methods).
+    """The TD target (M,): reward plus discounted best Q-value of what was seen next (Mnih et al. 2015, Methods).
 
     A truncated game still has its next_obs: only a terminated one has no future.
     """
@@ -442,7 +268,7 @@ def td_target(target_agent, rewards, next_obs, terminated, gamma):
 
 
 def dqn_update(agent, target_agent, optimizer, batch, gamma):
-    """One gradient step on `batch`, which ReplayBuffer.sample gave. Returns the loss and the mean Q-value, (2,)."""
+    """One gradient step on `batch` from ReplayBuffer.sample. Returns metrics by name, left on the device."""
     frames, actions, rewards, terminated = batch
     obs, next_obs = frames[:, :-1], frames[:, 1:]  # (M, 4, 84, 84) each
     targets = td_target(target_agent, rewards, next_obs, terminated, gamma)  # (M,)
@@ -451,7 +277,7 @@ def dqn_update(agent, target_agent, optimizer, batch, gamma):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return torch.stack([loss, q_values.mean()]).detach()  # on the device: reading them would wait for it every time
+    return {"td_loss": loss.detach(), "q_values": q_values.detach().mean()}
 
 
 @torch.no_grad()
@@ -461,391 +287,496 @@ def update_target(target_agent, agent, tau):
         target.lerp_(parameter, tau)
 
 
-def not_finite(metrics, agent):
-    """Which losses, gradients or weights are NaN or infinite, in words: such a network must not be saved."""
-    spoilt = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
-    weights = agent.named_parameters()
-    return spoilt + [f"{name} is not finite" for name, weight in weights if not weight.isfinite().all()]
+# ---- Training ----
 
 
-# ---- Checkpoint ----
+def train(args):
+    """Train as `args` say, to the end or until Ctrl-C. Returns the exit code."""
+    torch.set_flush_denormal(True)  # Adam's averages for dead weights fade to numbers that a CPU is slow with
+    run = Run(args)
+    envs = make_envs(args, run.num_envs, args.seed, training=True)
+    agent, target_agent = Agent(envs, args).to(run.device), Agent(envs, args).to(run.device)
+    target_agent.load_state_dict(agent.state_dict())
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    buffer = ReplayBuffer(run.folder, envs, args.buffer_size, spare=min(args.save_freq, args.total_timesteps))
+    run.start(model=agent, target_model=target_agent, optimizer=optimizer, buffer=buffer)
+    optimizer.param_groups[0]["lr"] = args.learning_rate  # the flag, should --resume have changed it
+
+    while not run.finished():
+        # A segment: new games from one seed, up to the next checkpoint
+        obs, _ = envs.reset(seed=run.begin_segment())  # (N, 4, 84, 84) uint8
+        buffer.begin_games(obs)
+        steps = []  # metrics of each gradient step since the last log
+        while not run.segment_over():
+            # Act
+            epsilon = annealed_epsilon(args, run.global_step)
+            with torch.no_grad():
+                actions = epsilon_greedy(agent(torch.as_tensor(obs, device=run.device)), epsilon).cpu().numpy()  # (N,)
+            obs, rewards, terminated, truncated, infos = envs.step(actions)
+            run.record_step(infos["raw_rewards"], terminated | truncated)
+
+            # Remember. For learning, a lost life is an end; the game goes on. `obs` is already the next game's.
+            final_obs = {n: infos["final_obs"][n] for n in np.flatnonzero(truncated).tolist()}
+            buffer.add(actions, rewards, terminated | infos["life_lost"], terminated | truncated, final_obs, obs)
+
+            # Learn, as often per step as with a single game
+            played = range(run.global_step - args.num_envs + 1, run.global_step + 1)
+            for step in played if buffer.filled * args.num_envs >= args.learning_starts else ():
+                if step % args.train_frequency == 0:
+                    batch = [x.to(run.device) for x in buffer.sample(args.batch_size)]
+                    steps.append(dqn_update(agent, target_agent, optimizer, batch, args.gamma))
+                if step % args.target_network_frequency == 0:
+                    update_target(target_agent, agent, args.tau)
+
+            # Log
+            if run.global_step % 1000 < args.num_envs or run.segment_over():
+                metrics = {name: torch.stack([x[name] for x in steps]).mean() for name in (steps[0] if steps else ())}
+                if steps:  # the norm of the last gradient alone: one for every step would take time
+                    metrics["grad_norm"] = nn.utils.get_total_norm([p.grad for p in agent.parameters()])
+                steps.clear()
+                run.log(metrics, epsilon=epsilon, learning_rate=args.learning_rate)
+        buffer.end_games()
+        run.save()
+
+    envs.close()
+    code = run.end()
+    if code == 0:
+        buffer.path.unlink(missing_ok=True)  # a finished run does not need it
+    return code
 
 
-def save_checkpoint(run_dir, args, global_step, agent, optimizer, **more):
-    """Write all that --resume and evaluate.py need to {run_dir}/checkpoints/{global_step}.pt; whole, or not at all.
+# ---- Environment ----
 
-    Returns whether it was written. A full disk is no reason to stop: the next checkpoint may fit again.
+gym.register_envs(ale_py)
+
+
+def spread_seed(*key):
+    """A seed in [0, 2**30) hashed from integers: environments count up from it, so runs 1, 2, 3 must lie far apart."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
+
+
+class AtariGames(VectorWrapper):
+    """N games in lockstep: all that happens to frames, lives and rewards between the console and the agent.
+
+    obs: (N, 4, 84, 84) uint8. A game that ends restarts on the same step: obs is then the first of the new game, and
+    infos["final_obs"] holds the last of the old one. rewards: (N,), in training clipped to -1, 0, 1.
+    infos["raw_rewards"]: (N,) points of the game. infos["life_lost"]: (N,) bool, the game goes on with one life fewer.
     """
-    checkpoint = {
-        "format": FORMAT,
-        "script": Path(__file__).stem,
-        "args": dataclasses.asdict(args),
-        "global_step": global_step,
-        "model": agent.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        **more,  # what else an algorithm must carry
-        "rng": {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        },
-        "versions": {"torch": str(torch.__version__), "gymnasium": gym.__version__, "numpy": np.__version__},
-    }
-    path = run_dir / "checkpoints" / f"{global_step:012d}.pt"
-    unfinished = path.with_suffix(".tmp")
+
+    def __init__(self, game, num_envs, repeat_action_probability, training, render):
+        protocol = dict(
+            num_envs=num_envs,
+            batch_size=0,  # a step waits for all games
+            num_threads=0,  # one emulator thread per core
+            frameskip=4,  # an action is held for 4 frames: 15 decisions per second of play
+            maxpool=True,  # a picture is the maximum of the last 2 frames: some sprites are drawn on every other one
+            noop_max=30,  # a game begins with 0 to 29 idle frames, drawn from the seed: else all would start alike
+            use_fire_reset=True,  # and with FIRE, where the game has it (then 0 to 28 idle frames)
+            max_num_frames_per_episode=108_000,  # half an hour of play, then the game is truncated
+            repeat_action_probability=repeat_action_probability,  # chance per frame that the previous action sticks
+            continuous=False,  # actions are the joystick's positions and its button
+            full_action_space=False,  # only those that do something in this game: 4 in Breakout, 6 in Pong
+            episodic_life=False,  # True would restart the whole game at a lost life: later lives would never be seen
+            life_loss_info=False,  # True would call a lost life terminated; step() below keeps the two apart
+            reward_clipping=False,  # True would hide the score; step() below clips what is learned from
+            autoreset_mode=AutoresetMode.SAME_STEP,  # every step is a real one, none is spent on a reset
+        )
+        agent_view = dict(
+            grayscale=True,  # brightness alone: a third of the bytes
+            img_height=84,  # the console's 210 rows
+            img_width=84,  # and 160 columns
+            stack_num=4,  # the last 4 pictures, so that one observation shows what moves where
+        )
+        human_view = dict(grayscale=False, img_height=210, img_width=160, stack_num=1)
+        super().__init__(AtariVectorEnv(game, **agent_view, **protocol))
+        self.metadata = self.metadata | {"render_fps": 15}  # the console draws 60 pictures a second
+        self.training = training
+        # For evaluate.py --video: the same games in color. Same seed and actions, so the same frames.
+        self.camera = AtariVectorEnv(game, **human_view, **protocol) if render else None
+
+    def reset(self, *, seed=None, options=None):
+        obs, infos = self.env.reset(seed=seed, options=options)
+        self.lives = infos["lives"]
+        if self.camera:
+            self.picture, _ = self.camera.reset(seed=seed, options=options)
+        return obs, infos
+
+    def step(self, actions):
+        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        ended = terminated | truncated  # where a game ended, infos["lives"] is already the next one's
+        infos["life_lost"] = (infos["lives"] < self.lives) & ~ended
+        self.lives = infos["lives"]
+        infos["raw_rewards"] = rewards
+        if self.training:
+            rewards = np.sign(rewards)  # one scale for all games: the same learning rate serves 1 point and 1,000
+        if self.camera:
+            self.picture = self.camera.step(actions)[0]
+        return obs, rewards, terminated, truncated, infos
+
+    def render(self):
+        """One picture per game, (210, 160, 3) uint8 RGB."""
+        return tuple(self.picture[:, 0])
+
+
+def find_game(env_id):
+    """Gymnasium's entry for --env-id. Refuses what these scripts cannot play."""
+    spec = gym.registry.get(env_id)
+    playable = [name for name in gym.registry if "NoFrameskip" in name or name.startswith("ALE/")]
+    close = ", ".join(difflib.get_close_matches(env_id, playable))
+    if spec is None:
+        fail(f"--env-id {env_id} is not registered.{f' Close: {close}.' if close else ''}", code=2)
+    if "game" not in spec.kwargs:
+        fail(f"--env-id {env_id} is not an Atari game; for vector observations use ppo_cartpole.py.", code=2)
+    if env_id not in playable:
+        fail(f"--env-id {env_id} must be a *NoFrameskip or ALE/*-v5 id. Close: {close}.", code=2)
+    return spec
+
+
+def make_envs(args, num_envs, seed, training, render=False):
+    """`num_envs` seeded games of --env-id. training=False: rewards are the game's own points."""
+    game = find_game(args.env_id).kwargs
+    envs = AtariGames(game["game"], num_envs, game["repeat_action_probability"], training, render)
+    envs.reset(seed=seed)  # for a caller who resets without a seed
+    return envs
+
+
+# ---- Refusals ----
+
+
+def fail(message, code=1):
+    """End the program with one sentence instead of a traceback. Exit code 2: wrong usage; 1: anything else."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def check_numbers(args, names, low, high=math.inf):
+    """Refuse flags (named in one string) that are not between `low` and `high`, or not finite. None passes."""
+    for name in names.split():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            expected = f"between {low} and {high}" if high < math.inf else f"{low} or more"
+            fail(f"{flag} must be {expected}, got {value}.", code=2)
+
+
+def check_args(args):
+    """Refuse what cannot work, naming the flag, what it got and what it takes."""
+    numbers = "total_timesteps save_freq num_envs buffer_size train_frequency batch_size target_network_frequency"
+    check_numbers(args, numbers, 1)
+    check_numbers(args, "learning_rate learning_starts", 0)
+    check_numbers(args, "gamma tau start_e end_e exploration_fraction", 0, 1)
+    check_numbers(args, "seed", 0, 2**32 - 1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("DQN learns in one process: start it with python, not with torchrun.", code=2)
+    if args.buffer_size // args.num_envs * args.num_envs < max(1, args.learning_starts):
+        what = f"--learning-starts {args.learning_starts} and one step of --num-envs {args.num_envs} games"
+        fail(f"--buffer-size {args.buffer_size} must hold at least {what}.", code=2)
+    if args.learning_starts + args.exploration_fraction * args.total_timesteps >= args.total_timesteps:
+        what = f"--learning-starts {args.learning_starts} and --exploration-fraction {args.exploration_fraction}"
+        fail(f"{what} leave no step of --total-timesteps {args.total_timesteps} with --end-e: lower them.", code=2)
+    if args.save_freq < min(5000 * args.num_envs, args.total_timesteps):
+        length = args.save_freq // args.num_envs  # steps; a long game of Breakout has 2,000
+        print(f"--save-freq {args.save_freq} cuts every game off after at most {length} steps.", file=sys.stderr)
+    find_game(args.env_id)
+    check_disk(args)
+
+
+def check_disk(args):
+    """Refuse a replay memory that the disk has no room for."""
+    needed = (args.buffer_size + min(args.save_freq, args.total_timesteps)) * 84 * 84
+    folder = Path(args.run_dir or "runs").absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if (folder / "replay.bin").exists():
+        free += (folder / "replay.bin").stat().st_size  # which is used again, or replaced
+    if needed > free:
+        gb = f"{needed / 1e9:.1f} GB on the disk, of which {free / 1e9:.1f} GB are free"
+        fail(f"--buffer-size {args.buffer_size} and --save-freq {args.save_freq} need {gb}: lower them.", code=2)
+
+
+def make_file(path, size):
+    """Make a file of `size` bytes that are really there: if the disk fills up later, a hole would end the program."""
     try:
-        with open(unfinished, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # else the new name could reach the disk before what it names
-        unfinished.replace(path)
-    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of some
-        print(f"{path} could not be written and is left out: {error}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):  # in a folder that is read-only by now, nothing can be removed
-            unfinished.unlink()
-        return False
-    return True
+        path.unlink(missing_ok=True)
+        with open(path, "wb") as file:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # not on Windows and macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        fail(f"{path} of {size / 1e9:.1f} GB cannot be made ({error.strerror}): lower --buffer-size or --save-freq.")
+
+
+# ---- The run: what keeps it alive, the same in every script. Nothing below is about learning ----
+
+FORMAT = 2  # of a checkpoint; evaluate.py plays those of format 1 too, --resume does not take them
+
+
+class Run:
+    """One training run: its processes, folder, checkpoints, curves and progress bar, and what Ctrl-C does."""
+
+    def __init__(self, args):
+        """Join the other processes, lock the run folder, find the checkpoint to go on from, seed the first weights."""
+        self.args = args
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+        self.folder = Path(args.run_dir or f"runs/{name}")
+        self.rank, self.num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.num_envs = args.num_envs // self.num_ranks  # of this process
+        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        self.stop_signal, self.stopped, self.saved = 0, False, True
+        self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        if self.num_ranks > 1:
+            importlib.import_module("torch._dynamo")  # Adam does, too; after the next line it would keep gloo's threads
+            torch.distributed.init_process_group()  # NCCL between GPUs, gloo between CPUs
+            if self.device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        found = [dataclasses.asdict(args), self.open_folder() if self.rank == 0 else None]
+        if self.num_ranks > 1:  # all must go on from the same checkpoint
+            torch.distributed.broadcast_object_list(found)
+            if found[0] != dataclasses.asdict(args):
+                fail("torchrun's processes have different flags, or do not see the same run folder.", code=2)
+        self.checkpoint = found[1]
+        self.global_step = self.first_step = self.checkpoint["global_step"] if self.checkpoint else 0
+        torch.manual_seed(args.seed)  # the same first weights in all processes
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request_stop)
+
+    def open_folder(self):
+        """Make the run folder and lock it. Returns the checkpoint to go on from, None to start afresh."""
+        args = self.args
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")
+        except OSError as error:
+            fail(f"--run-dir {self.folder} cannot be written: {error.strerror}.")
+        try:
+            import fcntl
+
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
+        except BlockingIOError:
+            fail(f"{self.folder} is being written by another process: wait for it, or name another --run-dir.")
+        except (ImportError, OSError) as error:  # on Windows; on a file system without locks
+            print(f"{self.folder} cannot be locked ({error}): start no second run in it.", file=sys.stderr)
+        held = list_checkpoints(self.folder)
+        if not held:
+            return None if args.resume is None else load_checkpoint(find_checkpoint(args.resume))
+        newest = load_checkpoint(held[-1])
+        if args.resume is not None and Path(args.resume).resolve() in (self.folder.resolve(), held[-1].resolve()):
+            self.args = dataclasses.replace(args, resume=newest["args"]["resume"])  # what the run itself began from
+        elif newest["args"] | {"run_dir": args.run_dir} != dataclasses.asdict(args):
+            other = f"{self.folder} holds a run with other flags, or a later checkpoint ({held[-1].name})"
+            fail(f"{other}: go on with --resume {self.folder}, or name another --run-dir.", code=2)
+        return newest
+
+    def start(self, **state):
+        """Restore `state` (objects with a state_dict, by name) from the checkpoint, open the curves, say what runs."""
+        self.state, self.start_time = state, time.monotonic()
+        try:
+            for name, x in state.items() if self.checkpoint else ():
+                x.load_state_dict(self.checkpoint[name])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its run folder did.")
+        args, running = self.args, self.rank == 0 and not self.finished()
+        if running:
+            (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
+            (self.folder / "script.py").write_bytes(Path(__file__).read_bytes())
+            if args.track:
+                import wandb
+
+                track = dict(project=args.wandb_project_name, entity=args.wandb_entity, config=dataclasses.asdict(args))
+                id_file = self.folder / "wandb_id"  # a resumed run goes on in the same curves
+                run_id = id_file.read_text() if id_file.exists() else None
+                wandb.init(**track, name=self.folder.name, id=run_id, resume="allow", sync_tensorboard=True)
+                id_file.write_text(wandb.run.id)
+            # Points logged after the checkpoint will be logged again: hide the old ones.
+            self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1)
+            where = "the CPU (no GPU found)" if args.cuda else "the CPU"
+            where = torch.cuda.get_device_name() if self.device.type == "cuda" else where
+            where += f", {self.num_ranks} processes" if self.num_ranks > 1 else ""
+            what = f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}"
+            print(f"{what}, steps {self.global_step:,} to {args.total_timesteps:,}, in {self.folder}", flush=True)
+        bar = dict(total=args.total_timesteps, initial=self.global_step, unit=" steps", unit_scale=True)
+        self.bar = tqdm(**bar, mininterval=0.5 if sys.stderr.isatty() else 10, disable=not running)  # seconds
+
+    def finished(self):
+        """Whether --total-timesteps are done, or somebody asked to stop."""
+        return self.stopped or self.global_step >= self.args.total_timesteps
+
+    def begin_segment(self):
+        """Draw all randomness up to the next checkpoint from --seed and the step. Returns the environments' seed.
+
+        So a run that was killed and started again does what it would have done: on the CPU it ends with the same
+        weights, bit for bit. A checkpoint made for Ctrl-C loses nothing, but begins a segment where none would have
+        begun: resumed from it, the run is another, equally good one.
+        """
+        next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
+        self.segment_end = min(next_save, self.args.total_timesteps)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
+        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs
+        torch.manual_seed(seed)
+        return seed
+
+    def segment_over(self):
+        """Whether it is time to save: by --save-freq, at the end, or because somebody asked to stop."""
+        return self.stopped or self.global_step >= self.segment_end
+
+    def request_stop(self, number, frame):
+        """Ctrl-C or SIGTERM: finish the update in progress, save, end. A second one ends the program at once."""
+        self.stop_signal = number
+        if self.num_ranks == 1:  # several processes decide together, in log(), and get each Ctrl-C twice
+            self.stopped = True
+            signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nStopping: the update in progress is finished and saved first.\n")  # print may be in use
+
+    def record_step(self, rewards, ended):
+        """Count one step of every environment. rewards: (N,), as scored; ended: (N,), where it ended an episode."""
+        self.returns += rewards
+        self.lengths += 1
+        for i in np.flatnonzero(ended):
+            step = self.global_step + int(i) + 1  # each has its own, so that episodes that end together all show
+            self.points.append(("charts/episodic_return", self.returns[i], step))
+            self.points.append(("charts/episodic_length", self.lengths[i], step))
+            self.recent_returns.append(self.returns[i])
+            self.returns[i] = self.lengths[i] = 0
+        self.global_step += self.args.num_envs
+
+    def log(self, metrics, **charts):
+        """Write curves and progress. metrics: scalar tensors by name, which must be finite; charts: numbers by name."""
+        average_over_ranks(list(metrics.values()))
+        if self.num_ranks > 1:  # a process that stopped alone would leave the others waiting
+            stop = torch.tensor([float(self.stop_signal > 0)], device=self.device)
+            average_over_ranks([stop])
+            self.stopped = stop.item() > 0
+        values = torch.stack(list(metrics.values())).tolist() if metrics else []  # the update's only wait for a GPU
+        for name, value in zip(metrics, values, strict=True):
+            if not math.isfinite(value):
+                self.give_up(f"{name} is {value}")
+            self.points.append((f"losses/{name}", value, self.global_step))
+        charts["SPS"] = (self.global_step - self.first_step) / (time.monotonic() - self.start_time)
+        self.points += [(f"charts/{name}", value, self.global_step) for name, value in charts.items()]
+        try:
+            for point in self.points if self.writer else ():
+                self.writer.add_scalar(*point)
+            if self.writer:
+                self.writer.flush()
+        except Exception as error:  # an OSError or, where TensorFlow is installed, one of its own
+            print(f"\nthe curves end here, the run goes on: {error}", file=sys.stderr, flush=True)
+            self.writer = None  # it would fail at every later point, too
+        self.points.clear()
+        if self.recent_returns:
+            self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
+        self.bar.update(min(self.global_step, self.args.total_timesteps) - self.bar.n)
+
+    def save(self):
+        """Write all that --resume and evaluate.py need to checkpoints/{global_step}.pt; whole, or not at all."""
+        if not torch.stack([x.isfinite().all() for x in self.state["model"].state_dict().values()]).all():
+            self.give_up("a weight is not finite")
+        if self.rank > 0:
+            return
+        versions = {"torch": str(torch.__version__), "gymnasium": gym.__version__, "numpy": np.__version__}
+        path = self.folder / "checkpoints" / f"{self.global_step:012d}.pt"
+        try:
+            checkpoint = {
+                "format": FORMAT,
+                "script": Path(__file__).stem,
+                "args": dataclasses.asdict(self.args),
+                "global_step": self.global_step,
+                "versions": versions | {"threads": torch.get_num_threads()},
+                **{name: x.state_dict() for name, x in self.state.items()},
+            }
+            with open(path.with_name("unfinished.tmp"), "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())  # else the new name could reach the disk before what it names
+            path.with_name("unfinished.tmp").replace(path)
+        except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of some
+            print(f"\n{path} could not be written, the run goes on: {error}", file=sys.stderr, flush=True)
+        self.saved = path.exists()
+
+    def give_up(self, reason):
+        """End the program without saving. With several processes, all come here."""
+        self.bar.close()
+        held = list_checkpoints(self.folder)
+        newest = f"go on from {held[-1]} with --resume" if held else "begin anew"
+        fail(f"{reason} after {self.global_step:,} steps: {newest} and a smaller --learning-rate.")
+
+    def end(self):
+        """Say what to do next. Returns the exit code."""
+        self.bar.close()
+        launch = f"torchrun --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}" if self.num_ranks > 1 else "python"
+        if self.num_ranks > 1:
+            torch.distributed.destroy_process_group()
+        code, message = 0, f"Done: {self.folder} is finished. Score it: python evaluate.py {self.folder}"
+        if self.global_step < self.args.total_timesteps:
+            message = f"Stopped after {self.global_step:,} steps. Go on: {launch} {sys.argv[0]} --resume {self.folder}"
+            code = 128 + (self.stop_signal or signal.SIGTERM)
+        if not self.saved:
+            fail(f"the last checkpoint could not be written; --resume {self.folder} goes on from the newest that was.")
+        if self.rank == 0:
+            print(message)
+        return code
+
+
+def average_over_ranks(tensors):
+    """Replace each tensor by its mean over the processes that torchrun started. With one process, do nothing."""
+    if torch.distributed.is_initialized():
+        mean = torch.cat([x.flatten() for x in tensors]) / torch.distributed.get_world_size()
+        torch.distributed.all_reduce(mean)  # the sum of the shares
+        for x, part in zip(tensors, mean.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(part.view_as(x))
 
 
 def list_checkpoints(run_dir):
     """The checkpoints of a run folder, oldest first. Files that are not named by a step are not its own."""
-    return sorted(path for path in run_dir.glob("checkpoints/*.pt") if path.stem.isdigit())
+    return sorted(path for path in Path(run_dir).glob("checkpoints/*.pt") if path.stem.isdigit())
 
 
 def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
-    path = Path(path)
-    if path.is_dir():
-        found = list_checkpoints(path)
-        if not found:
-            fail(f"{path} holds no checkpoint (checkpoints/*.pt): name the folder of one run, or a .pt.")
-        path = found[-1]
-    if not path.is_file():
-        fail(f"{path} does not exist.")
-    return path
+    found = [Path(path), *list_checkpoints(path)][-1]
+    if not found.is_file():
+        fail(f"{path} holds no checkpoint: name the folder of one run, or a .pt.")
+    return found
 
 
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU. Runs nothing that is in the file, whoever wrote it, and refuses damaged ones."""
+    """Read a checkpoint onto the CPU. Runs nothing that is in the file, whoever wrote it; refuses a damaged one."""
     try:
-        with zipfile.ZipFile(path) as file:
-            # PyTorch alone takes a flipped bit for a weight, and skips a weight that a flipped bit calls a directory.
-            directories = (info.filename for info in file.infolist() if info.external_attr & 0x10)
-            damaged = file.testzip() or next(directories, None)
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums, and skips a weight marked as a folder
+            if file.testzip() or any(entry.external_attr & 0x10 for entry in file.infolist()):
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] > FORMAT or not {"script", "args", "global_step", "model"} <= checkpoint.keys():
+            raise ValueError("not what this version writes")
+        return checkpoint
     except Exception as error:  # which one depends on the byte that is wrong
-        fail(f"{path} is damaged, or no checkpoint of these scripts ({type(error).__name__}).")
-    if damaged:
-        fail(f"{path} is damaged: {damaged!r} in it is not what was written.")
-    types = {"format": int, "script": str, "args": dict, "global_step": int, "model": dict}
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in types.items()):
-        fail(f"{path} is no checkpoint of these scripts.")
-    if checkpoint["format"] != FORMAT:
-        fail(f"{path} has format {checkpoint['format']}; this program reads format {FORMAT}.")
-    return checkpoint
-
-
-def restore(checkpoint, optimizer, **modules):
-    """Put networks, optimizer and random numbers back to where they were saved. Environments start from new seeds."""
-    if "optimizer" not in checkpoint:
-        fail("this file holds a policy alone: evaluate.py plays it, --resume needs a checkpoint of a training run.")
-    try:
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"]["torch"])
-        if torch.cuda.is_initialized() and checkpoint["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
-    except Exception as error:  # the file is whole, so it is the script or its flags that changed
-        reason = " ".join(str(error).split())[:160]
-        fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its run folder did.")
+        fail(f"{path} is damaged, or not a checkpoint that this version reads ({type(error).__name__}).")
 
 
 def read_args():
-    """Args from the command line. Beside --resume, what the command line leaves out is as the checkpoint has it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # of one flag, which sets the others' defaults
-    parser.add_argument("--resume", nargs="?")
-    default = None
-    if (resume := parser.parse_known_args()[0].resume) is not None:
-        path = find_checkpoint(resume).resolve()
+    """Args from the command line. With --resume, flags that are not given are those of the run."""
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume is not None:
+        path = find_checkpoint(args.resume)
         checkpoint = load_checkpoint(path)
-        run_dir = os.path.relpath(path.parents[1]) if path.parent.name == "checkpoints" else None
+        if checkpoint["format"] < FORMAT or "optimizer" not in checkpoint:
+            fail(f"{path} cannot be resumed: it is a policy alone, or of an earlier version. evaluate.py plays it.")
+        run_dir = str(path.parents[1]) if path.parent.name == "checkpoints" else None
         try:
-            default = Args(**checkpoint["args"] | {"resume": str(path), "run_dir": run_dir})
+            saved = Args(**checkpoint["args"] | {"run_dir": run_dir})
         except TypeError:
-            fail(f"{path} was written by {checkpoint['script']}.py, whose arguments are not those of this script.")
-    args = tyro.cli(Args, description=__doc__, default=default)
-    if default and args.env_id != default.env_id:
-        fail(f"--env-id {args.env_id} cannot go on from a checkpoint of {default.env_id}.", code=2)
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track needs Weights & Biases: pip install wandb.", code=2)
-    args.resume = default.resume if default else None
+            fail(f"{path} was written by {checkpoint['script']}.py, whose flags are not those of this script.")
+        args = tyro.cli(Args, description=__doc__, default=saved)
+        if args.env_id != saved.env_id:
+            fail(f"--env-id {args.env_id} cannot go on from a checkpoint of {saved.env_id}.", code=2)
+    check_args(args)
     return args
 
 
-# ---- Training ----
-
-
-def open_run(args):
-    """Make the run folder, lock it, and record in it what runs: args.json, script.py. Returns its Path and the lock."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    try:
-        number = 1
-        while args.run_dir is None:  # until the name is free: a sweep may start several runs in one second
-            try:
-                run_dir.mkdir(parents=True)
-                break
-            except FileExistsError:
-                number += 1
-                run_dir = Path(f"runs/{name}_{number}")
-        held = list_checkpoints(run_dir)
-        if held and (args.resume is None or held[-1].resolve() != Path(args.resume)):
-            fail(f"{run_dir} already holds {held[-1].name}: go on with --resume {run_dir}, or name another --run-dir.")
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(run_dir)
-        for unfinished in run_dir.glob("checkpoints/*.tmp"):
-            unfinished.unlink()  # of a run that was killed while it saved
-        (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
-        (run_dir / "script.py").write_bytes(Path(__file__).read_bytes())
-    except OSError as error:
-        fail(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
-    return run_dir, lock
-
-
-def lock_folder(run_dir):
-    """Refuse a folder that another process writes. The lock is the open file that is returned: it dies with us."""
-    try:
-        import fcntl
-    except ImportError:
-        return None  # not on Windows
-    lock = open(run_dir / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"{run_dir} is being written by another process: name another --run-dir.")
-    return lock
-
-
-def note_signals():
-    """A list to which Ctrl-C and SIGTERM append their number; the same one a second time ends the program at once."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return received
-
-
-class Curves(SummaryWriter):
-    """TensorBoard's writer. Where it cannot write, as on a full disk, points are left out and training goes on."""
-
-    failed = False
-
-    def attempt(self, write, *args):
-        if not self.failed:
-            try:
-                write(*args)
-            except Exception as error:  # an OSError or, where TensorFlow is installed, one of its own
-                print(f"{self.log_dir}: curves cannot be written for now: {error}", file=sys.stderr, flush=True)
-                self.failed = True
-
-    def add_scalar(self, tag, value, step):
-        self.attempt(super().add_scalar, tag, value, step)
-
-    def flush(self):
-        """Done before each checkpoint. A failed writer does not recover: the next point opens a new file."""
-        self.attempt(super().flush)
-        if self.failed:
-            self.failed, self.file_writer, self.all_writers = False, None, None
-
-    def close(self):
-        self.attempt(super().close)
-
-
-def open_writer(args, run_dir, global_step):
-    """TensorBoard's writer for the run folder. With --track, Weights & Biases receives what is written to it."""
-    if args.track:
-        import wandb
-
-        run_id = run_dir / "wandb_id"  # with which a resumed run goes on in the same curves
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            config=dataclasses.asdict(args),
-            name=run_dir.name,
-            sync_tensorboard=True,
-            id=run_id.read_text() if args.resume and run_id.exists() else None,
-            resume="allow",
-        )
-        run_id.write_text(wandb.run.id)
-    threading.excepthook = thread_failed
-    rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-    try:
-        writer = Curves(run_dir, purge_step=global_step + 1)  # hides what a run wrote after its last checkpoint
-        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}", global_step)
-    except OSError as error:
-        fail(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
-    return writer
-
-
-def thread_failed(failure):
-    """TensorBoard writes in a thread. What stops it reaches Curves too, and is a sentence there, not a traceback."""
-    if not type(failure.thread).__module__.startswith("tensorboard"):
-        threading.__excepthook__(failure)
-
-
-class Lines:
-    """A stream for tqdm where there is no terminal: each state of the bar becomes a line of its own."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-
-    def flush(self):
-        pass
-
-
-def progress_bar(total, initial):
-    """A bar of steps with rate and time left; in a log file, a line of the same every ten seconds."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=initial,
-        unit=" steps",
-        unit_scale=True,
-        bar_format="{percentage:3.0f}%: {n_fmt} of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}",
-        file=sys.stderr if terminal else Lines(),
-        mininterval=0.5 if terminal else 10,
-        miniters=1,
-    )
-
-
-def train(args, signals=()):
-    """Train as `args` say, until the end or until there is something in `signals`. Returns the run folder."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.manual_seed(args.seed)
-    # Adam's averages for dead weights fade to numbers so small that a CPU is slow with them: take them for 0.
-    torch.set_flush_denormal(True)
-
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    global_step = checkpoint["global_step"] if checkpoint else 0
-    if global_step >= args.total_timesteps:
-        print(f"{args.resume} is finished at {global_step:,} steps; a larger --total-timesteps goes on from it.")
-        return Path(args.resume).parents[1]
-    saved_replay = kept_replay(checkpoint, args) if checkpoint else None
-    if not saved_replay:
-        check_disk(args)
-        if global_step + args.learning_starts >= args.total_timesteps:
-            fail("--total-timesteps leaves no step to learn in, once a new replay buffer is filled: train longer.", 2)
-    earlier_starts = len(list(Path(args.run_dir).glob("events.*"))) if checkpoint and args.run_dir else 0
-    env_seed = spread_seed(1, args.seed, global_step, earlier_starts)  # earlier starts from this checkpoint had others
-    envs = make_envs(args, args.num_envs, env_seed, training=True)
-    agent, target_agent = Agent(envs, args).to(device), Agent(envs, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
-    target_agent.load_state_dict(agent.state_dict())
-    if checkpoint:
-        restore(checkpoint, optimizer, model=agent, target_model=target_agent)
-        optimizer.param_groups[0]["lr"] = args.learning_rate  # the flag, should it have changed
-
-    run_dir, _lock = open_run(args)
-    writer = open_writer(args, run_dir, global_step)
-    on_cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
-    where = torch.cuda.get_device_name() if device.type == "cuda" else on_cpu
-    obs, _ = envs.reset()  # (N, 4, 84, 84) uint8
-    spare = min(args.save_freq, args.total_timesteps)
-    buffer = ReplayBuffer(run_dir / "replay.bin", obs, args.buffer_size, spare, saved_replay)
-    remembered = buffer.filled * args.num_envs
-    missing = min(args.learning_starts, buffer.max_filled * args.num_envs) - remembered  # to fill before learning
-    learn_after = max(args.learning_starts, global_step + max(0, missing))
-    plan = f"steps {global_step:,} to {args.total_timesteps:,}, learning from {learn_after:,} on"
-    plan += f" with learning rate {args.learning_rate:.3g}, epsilon {annealed_epsilon(args, global_step):.3g}"
-    if checkpoint:
-        plan += f", {remembered:,} steps in the replay buffer"
-    print(f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}, {plan}, in {run_dir}", flush=True)
-    bar = progress_bar(args.total_timesteps, global_step)
-    next_log, next_save = global_step + 1000, (global_step // args.save_freq + 1) * args.save_freq
-    start_time, start_step = time.monotonic(), global_step
-
-    losses = []  # loss and mean Q-value of each gradient step since the last log
-    episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, dtype=np.int64)
-    recent_returns = deque(maxlen=100)
-    finished, broken = False, []
-
-    while not finished:
-        # Act
-        epsilon = annealed_epsilon(args, global_step)
-        with torch.no_grad():
-            actions = epsilon_greedy(agent(torch.as_tensor(obs, device=device)), epsilon).cpu().numpy()
-        obs, rewards, terminated, truncated, infos = envs.step(actions)
-        ended = terminated | truncated
-        final_obs = {n: infos["final_obs"][n] for n in np.flatnonzero(truncated)}  # `obs` is already the next game's
-        buffer.add(actions, rewards, terminated | infos["life_lost"], ended, final_obs, obs)
-
-        episode_return += infos["raw_rewards"]
-        episode_length += 1
-        for i in np.flatnonzero(ended):
-            # Each environment's step has a number of its own, so that episodes ending together all show.
-            step = global_step + int(i) + 1
-            writer.add_scalar("charts/episodic_return", episode_return[i], step)
-            writer.add_scalar("charts/episodic_length", episode_length[i], step)
-            recent_returns.append(episode_return[i])
-            episode_return[i] = episode_length[i] = 0
-
-        # Learn, after the same steps as with a single game
-        for step in range(global_step + 1, global_step + args.num_envs + 1):
-            if step > learn_after and step % args.train_frequency == 0:
-                batch = [x.to(device) for x in buffer.sample(args.batch_size)]
-                losses.append(dqn_update(agent, target_agent, optimizer, batch, args.gamma))
-            if step > learn_after and step % args.target_network_frequency == 0:
-                update_target(target_agent, agent, args.tau)
-        global_step += args.num_envs
-
-        # Log
-        finished = bool(signals) or global_step >= args.total_timesteps
-        if finished or global_step >= min(next_log, next_save):
-            next_log = global_step + 1000
-            if losses:
-                td_loss, q_values = torch.stack(losses).mean(0).tolist()
-                grad_norm = nn.utils.get_total_norm([p.grad for p in agent.parameters()]).item()  # of the last one
-                losses.clear()
-                metrics = {"td_loss": td_loss, "q_values": q_values, "grad_norm": grad_norm}
-                if broken := not_finite(metrics, agent):
-                    break
-                for name, value in metrics.items():
-                    writer.add_scalar(f"losses/{name}", value, global_step)
-            writer.add_scalar("charts/epsilon", epsilon, global_step)
-            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-            writer.add_scalar("charts/SPS", (global_step - start_step) / (time.monotonic() - start_time), global_step)
-            if recent_returns:
-                bar.set_postfix_str(f"return {np.mean(recent_returns):.1f} (last {len(recent_returns)})", refresh=False)
-        bar.update(min(global_step, args.total_timesteps) - bar.n)
-
-        # Save
-        if finished or global_step >= next_save:
-            writer.flush()
-            more = {"target_model": target_agent.state_dict(), "replay": buffer.state_dict()}
-            saved = buffer.flush() and save_checkpoint(run_dir, args, global_step, agent, optimizer, **more)
-            next_save = (global_step // args.save_freq + 1) * args.save_freq
-
-    bar.close()
-    envs.close()
-    writer.close()
-    if broken:
-        newest = (list_checkpoints(run_dir) or ["none"])[-1]
-        fail(f"{broken[0]} after {global_step:,} steps; last good checkpoint: {newest}. Try a smaller --learning-rate.")
-    if not saved:
-        fail(f"the last checkpoint of {run_dir} could not be written; --resume goes on from the newest that was.")
-    if global_step < args.total_timesteps:
-        print(f"Stopped after {global_step:,} steps. Go on: python {Path(__file__).name} --resume {run_dir}")
-        sys.exit(128 + signals[0])
-    buffer.path.unlink(missing_ok=True)  # nobody needs it any more
-    print(f"Done. Score it: python evaluate.py {run_dir}")
-    return run_dir
-
-
 if __name__ == "__main__":
-    train(read_args(), note_signals())
+    try:
+        sys.exit(train(read_args()))
+    except (MemoryError, RuntimeError) as error:  # PyTorch raises kinds of its own
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        fail(f"not enough memory; fewer --num-envs need less. {str(error).splitlines()[0]}")
