@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,22 @@ def run(script, *arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+def train(module, folder, **settings):
+    """Train in this process, in `folder`/run unless run_dir is given; the run folder. It must end well."""
+    args = module.Args(**{"run_dir": str(folder / "run")} | settings)
+    assert module.train(args) == 0
+    return Path(args.run_dir)
+
+
+def same(a, b):
+    """Whether two nests of dicts, lists and tensors hold the same, bit for bit."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 def reload(module, run_dir):
     """The newest checkpoint of a run, and the agent in it."""
     checkpoint = module.load_checkpoint(module.find_checkpoint(run_dir))
@@ -76,8 +93,11 @@ def script(request):
 
 @pytest.fixture(autouse=True)
 def leave_torch_as_it_was():
-    """Training in this process sets seeds, threads and how tiny numbers are treated."""
-    threads = torch.get_num_threads()
+    """Training in this process sets seeds, threads, signal handlers and how tiny numbers are treated."""
+    threads, numbers = torch.get_num_threads(), (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
     yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
     torch.set_flush_denormal(False)
     torch.set_num_threads(threads)
