@@ -445,7 +445,7 @@ def make_envs(args, num_envs, seed, training, render=False):
 
 def fail(message, code=1):
     """End the program with one sentence instead of a traceback. Exit code 2: wrong usage; 1: anything else."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # print would write into a progress bar
     sys.exit(code)
 
 
@@ -505,7 +505,8 @@ def make_file(path, size):
         fail(f"{path} of {size / 1e9:.1f} GB cannot be made ({error.strerror}): lower --buffer-size or --save-freq.")
 
 
-# ---- The run: what keeps it alive, the same in every script. Nothing below is about learning ----
+# ---- The run ----
+# What keeps a run alive, the same in every script. Nothing below is about learning.
 
 FORMAT = 2  # of a checkpoint; evaluate.py plays those of format 1 too, --resume does not take them
 
@@ -660,7 +661,7 @@ class Run:
             if self.writer:
                 self.writer.flush()
         except Exception as error:  # an OSError or, where TensorFlow is installed, one of its own
-            print(f"\nthe curves end here, the run goes on: {error}", file=sys.stderr, flush=True)
+            tqdm.write(f"the curves end here, the run goes on: {error}", file=sys.stderr)
             self.writer = None  # it would fail at every later point, too
         self.points.clear()
         if self.recent_returns:
@@ -690,7 +691,7 @@ class Run:
                 os.fsync(file.fileno())  # else the new name could reach the disk before what it names
             path.with_name("unfinished.tmp").replace(path)
         except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of some
-            print(f"\n{path} could not be written, the run goes on: {error}", file=sys.stderr, flush=True)
+            tqdm.write(f"{path} could not be written, the run goes on: {error}", file=sys.stderr)
         self.saved = path.exists()
 
     def give_up(self, reason):
@@ -713,6 +714,7 @@ class Run:
         if not self.saved:
             fail(f"the last checkpoint could not be written; --resume {self.folder} goes on from the newest that was.")
         if self.rank == 0:
+            self.lock.close()
             print(message)
         return code
 

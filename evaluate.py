@@ -40,7 +40,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-FORMAT = 1  # of a checkpoint; a file with another number is refused
+FORMAT = 2  # of a checkpoint; older ones can be read, too
 
 # Mean score of uniformly random play and of a professional tester, by ROM name, as DQN Zoo lists them (Quan and
 # Ostrovski 2020, dqn_zoo/atari_data.py); up to 30 idle frames at the start, games cut off after 108,000 frames as here.
@@ -69,7 +69,7 @@ RANDOM_AND_HUMAN = {
 
 def fail(message, code=1):
     """End the program with one sentence instead of a traceback. Exit code 2: wrong usage; 1: anything else."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # print would write into a progress bar
     sys.exit(code)
 
 
@@ -117,40 +117,29 @@ def spread_seed(*key):
 
 def list_checkpoints(run_dir):
     """The checkpoints of a run folder, oldest first. Files that are not named by a step are not its own."""
-    return sorted(path for path in run_dir.glob("checkpoints/*.pt") if path.stem.isdigit())
+    return sorted(path for path in Path(run_dir).glob("checkpoints/*.pt") if path.stem.isdigit())
 
 
 def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
-    path = Path(path)
-    if path.is_dir():
-        found = list_checkpoints(path)
-        if not found:
-            fail(f"{path} holds no checkpoint (checkpoints/*.pt): name the folder of one run, or a .pt.")
-        path = found[-1]
-    if not path.is_file():
-        fail(f"{path} does not exist.")
-    return path
+    found = [Path(path), *list_checkpoints(path)][-1]
+    if not found.is_file():
+        fail(f"{path} holds no checkpoint: name the folder of one run, or a .pt.")
+    return found
 
 
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU. Runs nothing that is in the file, whoever wrote it, and refuses damaged ones."""
+    """Read a checkpoint onto the CPU. Runs nothing that is in the file, whoever wrote it; refuses a damaged one."""
     try:
-        with zipfile.ZipFile(path) as file:
-            # PyTorch alone takes a flipped bit for a weight, and skips a weight that a flipped bit calls a directory.
-            directories = (info.filename for info in file.infolist() if info.external_attr & 0x10)
-            damaged = file.testzip() or next(directories, None)
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums, and skips a weight marked as a folder
+            if file.testzip() or any(entry.external_attr & 0x10 for entry in file.infolist()):
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] > FORMAT or not {"script", "args", "global_step", "model"} <= checkpoint.keys():
+            raise ValueError("not what this version writes")
+        return checkpoint
     except Exception as error:  # which one depends on the byte that is wrong
-        fail(f"{path} is damaged, or no checkpoint of these scripts ({type(error).__name__}).")
-    if damaged:
-        fail(f"{path} is damaged: {damaged!r} in it is not what was written.")
-    types = {"format": int, "script": str, "args": dict, "global_step": int, "model": dict}
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in types.items()):
-        fail(f"{path} is no checkpoint of these scripts.")
-    if checkpoint["format"] != FORMAT:
-        fail(f"{path} has format {checkpoint['format']}; this program reads format {FORMAT}.")
-    return checkpoint
+        fail(f"{path} is damaged, or not a checkpoint that this version reads ({type(error).__name__}).")
 
 
 def load_script(checkpoint, path, script):
@@ -275,11 +264,13 @@ def play(envs, agent, episodes, greedy, bar, screen=None):
     return returns, lengths, cut_off
 
 
-def bootstrap_interval(returns, samples=10_000):
-    """95% interval of the mean: percentiles of the means of `samples` resamples (Efron 1979)."""
-    random = np.random.default_rng(0)
-    means = [random.choice(returns, len(returns)).mean() for _ in range(samples)]
-    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
+def mean_interval(returns):
+    """95% interval of the mean: Student's t, which is wider the fewer episodes there are. None for a single one."""
+    if len(returns) < 2:
+        return None
+    deviations = np.abs(np.random.default_rng(0).standard_t(len(returns) - 1, 1_000_000))
+    margin = np.percentile(deviations, 95) * np.std(returns, ddof=1) / len(returns) ** 0.5
+    return [float(np.mean(returns) - margin), float(np.mean(returns) + margin)]
 
 
 def human_normalized(env_id, score):
@@ -311,8 +302,8 @@ def score(path, args):
     envs.close()
     return {
         "mean_return": float(np.mean(returns)),
-        "std_return": float(np.std(returns)),
-        "ci95": bootstrap_interval(returns),
+        "std_return": float(np.std(returns, ddof=1)) if len(returns) > 1 else None,
+        "ci95": mean_interval(returns),
         "episodes": len(returns),
         "returns": returns,
         "lengths": lengths,
@@ -323,14 +314,19 @@ def score(path, args):
         "global_step": step,
         "greedy": args.greedy,
         "seed": args.seed,
+        "num_envs": num_envs,
     }
 
 
 def report(result):
     """One line for the person at the terminal."""
-    low, high = result["ci95"]
-    line = f"return {result['mean_return']:.2f} ± {result['std_return']:.2f} (std) over {result['episodes']} episodes"
-    line += f", 95% interval of the mean {low:.2f} to {high:.2f}"
+    line = f"return {result['mean_return']:.2f}"
+    if result["episodes"] > 1:
+        low, high = result["ci95"]
+        line += f" ± {result['std_return']:.2f} (std) over {result['episodes']} episodes"
+        line += f", 95% interval of the mean {low:.2f} to {high:.2f}"
+    else:
+        line += " in 1 episode"
     if result["human_normalized"] is not None:
         line += f", human-normalized {result['human_normalized']:.3f}"
     print(f"{line}, time limit reached in {result['truncated']}", flush=True)

@@ -91,10 +91,7 @@ class Args:
 
 
 class RunningNorm(nn.Module):
-    """Normalizes vectors by the mean and variance of all that were passed to update(), and clips them to ±10.
-
-    The statistics are buffers: they are saved and loaded with the network, and only update() changes them.
-    """
+    """Normalizes by the mean and variance of all that update() was given, then clips to ±10. Saved with the network."""
 
     def __init__(self, size):
         super().__init__()
@@ -363,7 +360,7 @@ def make_envs(args, num_envs, seed, training, render=False):
 
 def fail(message, code=1):
     """End the program with one sentence instead of a traceback. Exit code 2: wrong usage; 1: anything else."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # print would write into a progress bar
     sys.exit(code)
 
 
@@ -393,7 +390,8 @@ def check_args(args):
     make_envs(args, 1, args.seed, training=True).close()
 
 
-# ---- The run: what keeps it alive, the same in every script. Nothing below is about learning ----
+# ---- The run ----
+# What keeps a run alive, the same in every script. Nothing below is about learning.
 
 FORMAT = 2  # of a checkpoint; evaluate.py plays those of format 1 too, --resume does not take them
 
@@ -548,7 +546,7 @@ class Run:
             if self.writer:
                 self.writer.flush()
         except Exception as error:  # an OSError or, where TensorFlow is installed, one of its own
-            print(f"\nthe curves end here, the run goes on: {error}", file=sys.stderr, flush=True)
+            tqdm.write(f"the curves end here, the run goes on: {error}", file=sys.stderr)
             self.writer = None  # it would fail at every later point, too
         self.points.clear()
         if self.recent_returns:
@@ -578,7 +576,7 @@ class Run:
                 os.fsync(file.fileno())  # else the new name could reach the disk before what it names
             path.with_name("unfinished.tmp").replace(path)
         except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of some
-            print(f"\n{path} could not be written, the run goes on: {error}", file=sys.stderr, flush=True)
+            tqdm.write(f"{path} could not be written, the run goes on: {error}", file=sys.stderr)
         self.saved = path.exists()
 
     def give_up(self, reason):
@@ -601,6 +599,7 @@ class Run:
         if not self.saved:
             fail(f"the last checkpoint could not be written; --resume {self.folder} goes on from the newest that was.")
         if self.rank == 0:
+            self.lock.close()
             print(message)
         return code
 

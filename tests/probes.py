@@ -138,7 +138,7 @@ class InFrames(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         for n, env in enumerate(self.envs):
-            self.show(n, env.reset(seed=n)[0], first=True)
+            self.show(n, env.reset(seed=(seed or 0) + n)[0], first=True)
         return self.stacks.copy(), {}
 
     def step(self, actions):
@@ -153,6 +153,11 @@ class InFrames(gym.vector.VectorEnv):
         lost = self.life_lost & ~(terminated | truncated)
         infos = {"raw_rewards": 10 * rewards, "life_lost": lost, "final_obs": final_obs}
         return self.stacks.copy(), rewards, terminated, truncated, infos
+
+
+def play_in_frames(monkeypatch, module, probe, life_lost=False):
+    """From now on, the games that an Atari script makes are these."""
+    monkeypatch.setattr(module, "make_envs", lambda args, n, seed, training: InFrames(probe, n, life_lost))
 
 
 def stack(*observations):

@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from conftest import reload
-from probes import PROBES, CutOff, Endless, InFrames, RewardFromActionAndObs, TruncatedEndless, stack
+from conftest import reload, train
+from probes import PROBES, CutOff, Endless, RewardFromActionAndObs, TruncatedEndless, play_in_frames, stack
+from test_checkpoint import curve
 from torch.distributions import Categorical
 
 import dqn_atari
 import ppo_atari
 import ppo_cartpole
-from ppo_cartpole import Args, RunningNorm, annealed_lr, compute_gae, ppo_loss, sample
+import probes
+from ppo_cartpole import Args, RunningNorm, compute_gae, ppo_loss, sample
 
 
 def lambda_return(rewards, next_values, terminated, ended, t, gamma, lam):
@@ -110,10 +112,29 @@ def test_running_norm_is_the_mean_and_variance_of_all_it_saw():
     assert torch.equal(norm.mean, before)  # only update() learns
 
 
-def test_learning_rate_reaches_its_ends():
-    args = Args(learning_rate=0.5, total_timesteps=1000)
-    assert [annealed_lr(args, step) for step in (0, 500, 1000)] == [0.5, 0.25, 0.0]
-    assert annealed_lr(Args(learning_rate=0.5, total_timesteps=1000, anneal_lr=False), 1000) == 0.5
+@pytest.mark.parametrize("anneal_lr", [True, False])
+@pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
+def test_learning_rate_falls_linearly_to_0_at_the_end(module, anneal_lr, tmp_path, monkeypatch):
+    """Also with checkpoints in between; what the optimizer has is what the curve says."""
+    used = []
+    monkeypatch.setattr(module, "ppo_update", lambda *update: used.append(update[1].param_groups[0]["lr"]) or {})
+    settings = dict(num_envs=2, num_steps=16, total_timesteps=160, save_freq=70, cuda=False)
+    run_dir = train(module, tmp_path, learning_rate=0.5, anneal_lr=anneal_lr, **settings)
+    assert used == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1] if anneal_lr else [0.5] * 5)
+    assert curve(run_dir, "charts/learning_rate") == [(32 * i, pytest.approx(lr)) for i, lr in enumerate(used, 1)]
+
+
+@pytest.mark.parametrize("name", ["ConstantReward", "RewardFromObs"])
+@pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
+def test_explained_variance_is_0_where_there_is_none_to_explain(module, name, tmp_path, monkeypatch):
+    """Without rewards, and with values that are all the same (0 / 0) or not (1 / 0): neither ends the run."""
+    probe = getattr(probes, name)
+    monkeypatch.setattr(probe, "reward", lambda env, action: 0.0)
+    play_in_frames(monkeypatch, ppo_atari, probe)
+    settings = dict(num_envs=2, num_steps=16, num_minibatches=1, total_timesteps=96, cuda=False)
+    settings |= {"env_id": PROBES[name]} if module is ppo_cartpole else {}
+    run_dir = train(module, tmp_path, **settings)
+    assert curve(run_dir, "losses/explained_variance") == [(32, 0), (64, 0), (96, 0)]
 
 
 def test_target_kl_ends_the_update_after_a_whole_epoch():
@@ -142,10 +163,9 @@ def test_gradients_are_clipped_to_a_global_norm():
 
 
 def train_on_probe(name, tmp_path, **overrides):
-    """Train ppo_cartpole.py on a probe; the agent, and its values and greedy actions at observations -1, 0 and 1."""
+    """Train ppo_cartpole.py on a probe; its values and greedy actions at observations -1, 0 and 1."""
     settings = dict(num_steps=16, gamma=0.9, gae_lambda=0.9, learning_rate=5e-3, total_timesteps=5120, update_epochs=10)
-    run_dir = ppo_cartpole.train(Args(env_id=PROBES[name], run_dir=str(tmp_path / name), **settings | overrides))
-    agent = reload(ppo_cartpole, run_dir)[1]
+    agent = reload(ppo_cartpole, train(ppo_cartpole, tmp_path, env_id=PROBES[name], **settings | overrides))[1]
     obs = torch.tensor([[-1.0], [0.0], [1.0]])
     return agent(obs)[1].tolist(), agent.act(obs, greedy=True).tolist()
 
@@ -158,6 +178,9 @@ def test_probe_constant_reward(tmp_path):
 def test_probe_value_depends_on_the_observation(tmp_path):
     values, _ = train_on_probe("RewardFromObs", tmp_path)
     assert (values[0], values[2]) == (pytest.approx(-1, abs=0.1), pytest.approx(1, abs=0.1))
+    explained = [value for _, value in curve(tmp_path / "run", "losses/explained_variance")]
+    assert explained[0] < 0.5
+    assert explained[-1] > 0.95
 
 
 def test_probe_value_is_discounted(tmp_path):
@@ -184,7 +207,7 @@ def test_probe_truncation_is_not_termination(tmp_path):
 
 
 def test_a_truncated_game_is_worth_what_its_own_last_frame_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(ppo_atari, "make_envs", lambda args, n, seed, training: InFrames(CutOff, n))
+    play_in_frames(monkeypatch, ppo_atari, CutOff)
     agents, seen, agent_class, compute_gae = [], [], ppo_atari.Agent, ppo_atari.compute_gae
     monkeypatch.setattr(ppo_atari, "Agent", lambda *a: agents.append(agent_class(*a)) or agents[-1])
 
@@ -194,8 +217,7 @@ def test_a_truncated_game_is_worth_what_its_own_last_frame_is(tmp_path, monkeypa
         return compute_gae(rewards, values, next_values, *rest)
 
     monkeypatch.setattr(ppo_atari, "compute_gae", watch)
-    settings = dict(num_envs=2, num_steps=8, num_minibatches=2, total_timesteps=16, cuda=False)
-    ppo_atari.train(ppo_atari.Args(run_dir=str(tmp_path / "run"), **settings))
+    train(ppo_atari, tmp_path, num_envs=2, num_steps=8, num_minibatches=2, total_timesteps=16, cuda=False)
     ((next_values, expected),) = seen
     assert next_values.shape == (8, 2)
     assert (next_values.unsqueeze(-1) - expected).abs().min(-1).values.max() < 1e-6
@@ -203,12 +225,8 @@ def test_a_truncated_game_is_worth_what_its_own_last_frame_is(tmp_path, monkeypa
 
 def train_in_frames(module, probe, tmp_path, monkeypatch, life_lost=False, **settings):
     """Train an Atari script on a probe; returns the agent."""
-    monkeypatch.setattr(module, "make_envs", lambda args, n, seed, training: InFrames(probe, n, life_lost))
-    run_dir = module.train(module.Args(run_dir=str(tmp_path / "run"), gamma=0.5, cuda=False, **settings))
-    checkpoint = module.load_checkpoint(module.find_checkpoint(run_dir))
-    agent = module.Agent(InFrames(probe, 1), module.Args(**checkpoint["args"]))
-    agent.load_state_dict(checkpoint["model"])
-    return agent
+    play_in_frames(monkeypatch, module, probe, life_lost)
+    return reload(module, train(module, tmp_path, gamma=0.5, cuda=False, **settings))[1]
 
 
 def state_values(agent, obs):
@@ -254,17 +272,17 @@ def test_ratio_is_one_before_the_first_gradient_step(module, settings, tmp_path,
     """What a rollout stored is what the policy saw and did: else clipping works on an error of ours."""
     update, spread, ratios = module.ppo_update, [], []
 
-    def watch(agent, optimizer, batch, args, **more):
+    def watch(agent, optimizer, batch, args):
         with torch.no_grad():
             log_pi = agent(batch[0])[0].log_softmax(-1)
         spread.append(log_pi.std(0).mean().item())  # how much the policy depends on what it sees
         ratios.append((log_pi.gather(-1, batch[1].unsqueeze(-1)).squeeze(-1) - batch[2]).exp())
-        return update(agent, optimizer, batch, args, **more)
+        return update(agent, optimizer, batch, args)
 
     monkeypatch.setattr(module, "ppo_update", watch)
     if module is ppo_atari:  # games look too much alike at their start
-        monkeypatch.setattr(module, "make_envs", lambda args, n, seed, training: InFrames(RewardFromActionAndObs, n))
-    module.train(module.Args(run_dir=str(tmp_path / "run"), cuda=False, **settings))
+        play_in_frames(monkeypatch, module, RewardFromActionAndObs)
+    train(module, tmp_path, cuda=False, **settings)
     assert len(ratios) == 4
     assert spread[-1] > 0.01  # else rows that do not belong together would go unnoticed
     assert (torch.cat(ratios) - 1).abs().max() < 1e-4
