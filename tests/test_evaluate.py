@@ -1,6 +1,7 @@
 """evaluate.py: what is reloaded acts as what was saved, and the score is fair."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SHORT, run
+from conftest import ROOT, SCRIPTS, SHORT, run, train
 from gymnasium.vector import AutoresetMode
 from probes import PROBES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,7 +27,7 @@ import ppo_cartpole
 @pytest.fixture
 def run_dir(tmp_path):
     """A short run of ppo_cartpole.py with three checkpoints."""
-    return ppo_cartpole.train(ppo_cartpole.Args(run_dir=str(tmp_path / "run"), total_timesteps=768, save_freq=256))
+    return train(ppo_cartpole, tmp_path, total_timesteps=768, save_freq=256)
 
 
 @pytest.mark.parametrize("policy", [path.name for path in sorted(ROOT.glob("benchmarks/policies/*.pt"))])
@@ -48,7 +49,7 @@ def test_what_is_reloaded_acts_as_what_was_saved(script, tmp_path, monkeypatch):
     module, made = SCRIPTS[script], []
     agent_class = module.Agent
     monkeypatch.setattr(module, "Agent", lambda *a: made.append(agent_class(*a)) or made[-1])
-    run_dir = module.train(module.Args(run_dir=str(tmp_path / "run"), **SHORT[script]))
+    run_dir = train(module, tmp_path, **SHORT[script])
     args = evaluate.Args(checkpoint=str(run_dir), episodes=2)
     _, envs, agent = evaluate.rebuild(evaluate.find_checkpoint(run_dir), args, 2)
     obs, _ = envs.reset()
@@ -111,26 +112,38 @@ def test_json_holds_what_the_readme_says(run_dir, tmp_path):
     assert result["episodes"] == len(returns) == len(result["lengths"]) == 5
     assert returns == result["lengths"]  # CartPole pays 1 for each step
     assert result["mean_return"] == pytest.approx(np.mean(returns))
-    assert result["std_return"] == pytest.approx(np.std(returns))
+    assert result["std_return"] == pytest.approx(np.std(returns, ddof=1))
     assert result["ci95"][0] <= result["mean_return"] <= result["ci95"][1]
     assert result["env_id"] == "CartPole-v1"
     assert result["checkpoint"].endswith("000000000768.pt")
     assert (result["global_step"], result["greedy"], result["seed"]) == (768, True, 1)
     assert result["truncated"] == 0
     assert result["human_normalized"] is None
-    assert f"return {np.mean(returns):.2f} ± {np.std(returns):.2f} (std) over 5 episodes" in done.stdout
+    assert f"return {np.mean(returns):.2f} ± {np.std(returns, ddof=1):.2f} (std) over 5 episodes" in done.stdout
 
 
 def test_episodes_that_ran_into_the_time_limit_are_counted(tmp_path):
-    args = ppo_cartpole.Args(env_id=PROBES["TruncatedEndless"], run_dir=str(tmp_path / "run"), total_timesteps=512)
-    path = evaluate.find_checkpoint(ppo_cartpole.train(args))
+    run_dir = train(ppo_cartpole, tmp_path, env_id=PROBES["TruncatedEndless"], total_timesteps=512)
+    path = evaluate.find_checkpoint(run_dir)
     assert evaluate.score(path, evaluate.Args(str(path), episodes=4))["truncated"] == 4
 
 
-def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
-    random = np.random.default_rng(0)
-    intervals = [evaluate.bootstrap_interval(random.normal(7, 2, 50), samples=500) for _ in range(300)]
-    assert 0.9 < np.mean([low <= 7 <= high for low, high in intervals]) < 0.98
+@pytest.mark.parametrize("episodes", [2, 5, 10, 100])
+def test_the_interval_holds_the_true_mean_as_often_as_it_says(episodes, monkeypatch):
+    """95 times in 100, within four standard errors of 2,000 samples."""
+    random, quantiles = np.random.default_rng(0), np.random.default_rng(0).standard_t(episodes - 1, 1_000_000)
+    generator = SimpleNamespace(standard_t=lambda df, size: quantiles)  # the same each time, so drawn once
+    monkeypatch.setattr(evaluate.np.random, "default_rng", lambda seed: generator)
+    intervals = [evaluate.mean_interval(list(random.normal(7, 2, episodes))) for _ in range(2000)]
+    assert np.mean([low <= 7 <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.02)
+
+
+def test_a_single_episode_has_no_interval(run_dir, tmp_path):
+    assert evaluate.mean_interval([30.0]) is None
+    done = run("evaluate.py", run_dir, "--episodes", 1, "--json", "score.json", cwd=tmp_path)
+    assert re.search(r"(?m)^return \d+\.\d\d in 1 episode, time limit", done.stdout)
+    result = json.loads((tmp_path / "score.json").read_text())
+    assert (result["ci95"], result["std_return"], result["num_envs"]) == (None, None, 1)
 
 
 def test_human_normalized_score():
@@ -239,7 +252,7 @@ def read_film(path):
 @pytest.mark.parametrize(("name", "fps", "size"), [("ppo_cartpole", 50, (400, 600)), ("ppo_atari", 15, (420, 320))])
 def test_a_film_shows_what_was_scored_in_its_own_colors_and_at_its_speed(name, fps, size, tmp_path):
     module = SCRIPTS[name]
-    path = evaluate.find_checkpoint(module.train(module.Args(run_dir=str(tmp_path / "run"), **SHORT[name])))
+    path = evaluate.find_checkpoint(train(module, tmp_path, **SHORT[name]))
     film = str(tmp_path / "film.mp4")
     filmed = evaluate.score(path, evaluate.Args(str(path), episodes=1, video=film))
     assert filmed["returns"] == evaluate.score(path, evaluate.Args(str(path), episodes=1))["returns"]
