@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import tyro
@@ -71,11 +72,13 @@ def fill_buffer(capacity: int = 1_000_000, spare: int = 500_000, num_envs: int =
     """Fill a buffer with random frames, and go on until every row has been written twice."""
     if plain:
         dqn_atari.np.memmap, spare = Plain, 0
-        dqn_atari.allocate = lambda path, size: path.write_bytes(b"")
+        dqn_atari.make_file = lambda path, size: path.write_bytes(b"")
     obs = np.random.default_rng(0).integers(0, 256, (num_envs, 4, 84, 84), dtype=np.uint8)
     zeros = np.zeros(num_envs)
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        buffer = dqn_atari.ReplayBuffer(Path(folder) / "replay.bin", obs, capacity, spare)
+        envs = SimpleNamespace(num_envs=num_envs, single_observation_space=np.empty((4, 84, 84)))
+        buffer = dqn_atari.ReplayBuffer(folder, envs, capacity, spare)
+        buffer.begin_games(obs)
         marks = [int(buffer.max_filled * share) for share in (0.01, 0.1, 0.5, 1)] + [2 * buffer.num_rows]
         last, start = 0, time.perf_counter()
         for row in range(1, marks[-1] + 1):
@@ -91,7 +94,7 @@ def fill_buffer(capacity: int = 1_000_000, spare: int = 500_000, num_envs: int =
                 print(f"{1e3 * np.median(times):.2f} ms to sample 32 (median of 1000), ", end="")
                 print(f"memory {held('RssAnon'):.2f} GB, and {held('RssFile'):.2f} GB of files", flush=True)
                 last, start = row, time.perf_counter()
-        buffer.flush()
+        buffer.state_dict()  # which waits for the disk
         print(f"{time.perf_counter() - start:.1f} s until all of it is on the disk")
 
 

@@ -55,7 +55,7 @@ CASES = {  # name of the picture: script, flags of both runs, what is broken (fl
         "",
         (
             "rollout.rewards[t] = torch.as_tensor(rewards)",
-            "rollout.obs[t], rollout.rewards[t] = next_obs, torch.as_tensor(rewards)",
+            "rollout.obs[t], rollout.rewards[t] = torch.as_tensor(obs), torch.as_tensor(rewards)",
         ),
         (RETURN, KL, "losses/clipfrac"),
     ),

@@ -38,6 +38,8 @@ def go(module, *arguments):
             return module.train(module.read_args())
         except SystemExit as stop:
             return stop.code
+        except KeyboardInterrupt:
+            return "killed"
 
 
 def last_words(capsys):
@@ -50,27 +52,18 @@ def files(folder):
     return sorted((p.name, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
 
 
-class Killed(BaseException):
-    """Ends a run in this process as kill -9 would: nothing more is written."""
+def die_at_save(number, monkeypatch):
+    """Where ppo_cartpole.py would save for the `number`-th time from now on, it ends as if killed: nothing is saved."""
+    calls, save = [], ppo_cartpole.Run.save
 
+    def save_or_die(run):
+        calls.append(1)
+        if len(calls) == number:
+            run.lock.close()
+            raise KeyboardInterrupt
+        save(run)
 
-@pytest.fixture
-def die_at_save(monkeypatch):
-    """die_at_save(n): the n-th call of Run.save from now on ends the run before it has written anything."""
-
-    def prepare(module, number, calls=()):
-        calls, save = list(calls), module.Run.save
-
-        def save_or_die(run):
-            calls.append(1)
-            if len(calls) == number:
-                run.lock.close()
-                raise Killed
-            save(run)
-
-        monkeypatch.setattr(module.Run, "save", save_or_die)
-
-    return prepare
+    monkeypatch.setattr(ppo_cartpole.Run, "save", save_or_die)
 
 
 @pytest.fixture
@@ -155,51 +148,31 @@ def test_the_logged_score_is_the_raw_one_of_whole_games(name, probe, tmp_path, m
         assert "charts/episodic_return" not in EventAccumulator(str(run_dir)).Reload().Tags()["scalars"]
 
 
-def test_same_seed_same_run_another_seed_another(script, tmp_path):
-    module = SCRIPTS[script]
-    models = []
+def test_same_seed_same_run_another_seed_another(script, tmp_path, monkeypatch):
+    """And no two segments, no two seeds and no evaluation play the same games."""
+    module, models, seeds = SCRIPTS[script], [], []
+    begin_segment = module.Run.begin_segment
+    monkeypatch.setattr(module.Run, "begin_segment", lambda run: seeds.append(begin_segment(run)) or seeds[-1])
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run_dir = train(module, tmp_path / name, seed=seed, **SHORT[script])
         models.append(module.load_checkpoint(module.find_checkpoint(run_dir))["model"])
-    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    assert same(models[0], models[1])
     assert not any(torch.equal(models[0][key], models[2][key]) for key in models[0] if key.endswith("weight"))
-
-
-def test_no_two_segments_and_no_two_runs_play_the_same_games(script, tmp_path, monkeypatch):
-    module, seeds = SCRIPTS[script], []
-    begin_segment = module.Run.begin_segment
-    monkeypatch.setattr(module.Run, "begin_segment", lambda run: seeds.append(begin_segment(run)) or seeds[-1])
-    for seed in (1, 2, 3):
-        train(module, tmp_path / str(seed), seed=seed, **SHORT[script])
-    seeds += [spread_seed(2, seed) for seed in (1, 2, 3)]  # evaluate.py's
-    assert len(seeds) == 9
+    assert len(seeds) == 6
+    assert seeds[:2] == seeds[2:4]
+    seeds = [*seeds[2:], *(spread_seed(2, seed) for seed in (1, 2))]  # evaluate.py's
     assert np.diff(sorted(seeds)).min() > 4096  # more environments than anyone runs
 
 
-def test_resume_goes_on_with_everything(trained, monkeypatch, capsys):
+def test_resume_goes_on_with_the_flags_of_the_run_and_those_beside_it(trained, monkeypatch, capsys):
     module, run_dir, args = trained
-    before = module.load_checkpoint(module.find_checkpoint(run_dir))
-    restored = {}
-
-    def watch(optimizer, zero_grad=torch.optim.Adam.zero_grad):
-        """What the first gradient step starts from."""
-        if not restored:
-            (group,) = optimizer.param_groups
-            restored.update(lr=group["lr"], parameters=[p.detach().clone() for p in group["params"]])
-            restored["moments"] = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
-        return zero_grad(optimizer)
-
-    monkeypatch.setattr(torch.optim.Adam, "zero_grad", watch)
+    before, rates = module.load_checkpoint(module.find_checkpoint(run_dir)), []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda x: rates.append(x.param_groups[0]["lr"]) or step(x))
     longer = 2 * args.total_timesteps
     assert go(module, "--resume", run_dir, "--total-timesteps", longer, "--learning-rate", 0.003) == 0
-
-    for ours, theirs in zip(restored["parameters"], before["model"].values(), strict=True):
-        assert torch.equal(ours, theirs)
-    saved = before["optimizer"]["state"].values()
-    for ours, theirs in zip(restored["moments"], saved, strict=True):
-        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     fraction_left = 1 - before["global_step"] / longer if getattr(args, "anneal_lr", False) else 1
-    assert restored["lr"] == pytest.approx(0.003 * fraction_left)
+    assert rates[0] == pytest.approx(0.003 * fraction_left)
     after = module.load_checkpoint(module.find_checkpoint(run_dir))
     assert after["global_step"] >= longer
     assert after["args"] == dataclasses.asdict(args) | {"total_timesteps": longer, "learning_rate": 0.003}
@@ -224,16 +197,14 @@ def test_a_tracked_run_goes_on_in_the_same_curves_of_wandb(tmp_path, monkeypatch
     assert {settings["resume"] for settings in told} == {"allow"}
 
 
-def test_the_same_command_again(tmp_path, die_at_save, capsys):
+def test_the_same_command_again(tmp_path, monkeypatch, capsys):
     """Before the first checkpoint it starts afresh, then it goes on; one that says otherwise is refused."""
     run_dir = tmp_path / "run"
     command = ["--run-dir", run_dir, *flags({"total_timesteps": 768, "save_freq": 256})]
-    die_at_save(ppo_cartpole, 1)
-    with pytest.raises(Killed):
-        go(ppo_cartpole, *command, "--seed", 5)
-    die_at_save(ppo_cartpole, 2)
-    with pytest.raises(Killed):
-        go(ppo_cartpole, *command)
+    die_at_save(1, monkeypatch)
+    assert go(ppo_cartpole, *command, "--seed", 5) == "killed"
+    die_at_save(2, monkeypatch)
+    assert go(ppo_cartpole, *command) == "killed"
     assert [path.stem for path in ppo_cartpole.list_checkpoints(run_dir)] == ["000000000256"]
     before = files(run_dir)
     for changed in (["--seed", 5], ["--total-timesteps", 1024], ["--norm-obs"], ["--save-freq", 512]):
@@ -241,20 +212,20 @@ def test_the_same_command_again(tmp_path, die_at_save, capsys):
         assert go(ppo_cartpole, *command, *changed) == 2
         (message,) = last_words(capsys)
         assert f"go on with --resume {run_dir}" in message
-    assert go(ppo_cartpole, *command, "--learning-rate", "-1") == 2
     assert before == files(run_dir)
 
     assert go(ppo_cartpole, *command) == 0
     assert "steps 256 to 768" in capsys.readouterr().out
     whole = train(ppo_cartpole, tmp_path / "whole", total_timesteps=768, save_freq=256)
-    assert same(*(reload(ppo_cartpole, folder)[0]["optimizer"] for folder in (run_dir, whole)))
+    for part in ("model", "optimizer"):
+        assert same(*(reload(ppo_cartpole, folder)[0][part] for folder in (run_dir, whole)))
     before = files(run_dir)
     assert go(ppo_cartpole, *command) == 0
     assert f"Done: {run_dir} is finished" in capsys.readouterr().out
     assert before == files(run_dir)
 
 
-def test_a_run_that_began_from_another_goes_on_by_the_same_command(tmp_path, die_at_save, capsys):
+def test_a_run_that_began_from_another_goes_on_by_the_same_command(tmp_path, monkeypatch, capsys):
     first = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
     before = files(first)
     older, newest = ppo_cartpole.list_checkpoints(first)
@@ -264,9 +235,8 @@ def test_a_run_that_began_from_another_goes_on_by_the_same_command(tmp_path, die
     command = ["--resume", older, "--total-timesteps", 1536, "--run-dir"]
     assert go(ppo_cartpole, *command, tmp_path / "whole") == 0
     assert "steps 512 to 1,536" in capsys.readouterr().out
-    die_at_save(ppo_cartpole, 2)
-    with pytest.raises(Killed):
-        go(ppo_cartpole, *command, tmp_path / "killed")
+    die_at_save(2, monkeypatch)
+    assert go(ppo_cartpole, *command, tmp_path / "killed") == "killed"
     assert go(ppo_cartpole, *command, tmp_path / "killed") == 0
     assert "steps 768 to 1,536" in capsys.readouterr().out
     whole, killed = (reload(ppo_cartpole, tmp_path / name)[0] for name in ("whole", "killed"))
@@ -278,14 +248,15 @@ def test_a_run_that_began_from_another_goes_on_by_the_same_command(tmp_path, die
     assert before == files(first)
 
 
-def test_resume_goes_on_beside_a_link_to_the_checkpoints(trained, tmp_path):
-    module, run_dir, args = trained
+def test_a_run_goes_on_in_its_folder_though_its_checkpoints_lie_elsewhere(tmp_path):
+    run_dir = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
     shutil.move(run_dir / "checkpoints", tmp_path / "elsewhere")
     (run_dir / "checkpoints").symlink_to(tmp_path / "elsewhere")
-    held = len(module.list_checkpoints(run_dir))
-    for number, resume in enumerate((run_dir, module.find_checkpoint(run_dir)), 2):
-        assert go(module, "--resume", resume, "--total-timesteps", number * args.total_timesteps) in (0, 2)
-    assert len(module.list_checkpoints(run_dir)) > held
+    assert go(ppo_cartpole, "--resume", run_dir, "--total-timesteps", 1200) == 0
+    newest = ppo_cartpole.find_checkpoint(run_dir)
+    assert newest.stem == "000000001280"
+    assert go(ppo_cartpole, "--resume", newest, "--total-timesteps", 1500) == 0
+    assert ppo_cartpole.find_checkpoint(run_dir).stem == "000000001536"
 
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path):
@@ -382,26 +353,18 @@ def test_a_signal_after_the_last_update_does_not_make_a_finished_run_a_stopped_o
 def test_what_a_signal_saves_is_what_an_uninterrupted_run_had_then(script, tmp_path, monkeypatch, capfd):
     """The update in progress is finished first. Then --resume goes on."""
     module, steps = SCRIPTS[script], []
-    update = stride(module.Args(**SHORT[script]))
+    update, record_step = stride(module.Args(**SHORT[script])), module.Run.record_step
     settings = SHORT[script] | {"total_timesteps": 4 * update, "run_dir": tmp_path / "cut"}
     settings |= {"exploration_fraction": 0.0, "learning_starts": 1} if script == "dqn_atari" else {}
     whole = train(module, tmp_path, **settings | {"run_dir": str(tmp_path / "whole"), "save_freq": 2 * update})
-    make_envs = module.make_envs
 
-    def make_and_count(args, *rest, **more):
-        envs = make_envs(args, *rest, **more)
-        step = envs.step
+    def record_and_signal(run, *rest):
+        record_step(run, *rest)
+        steps.append(run.num_envs)
+        if sum(steps) == update + run.num_envs:  # the second update has begun
+            os.kill(os.getpid(), signal.SIGTERM)
 
-        def step_and_signal(actions):
-            steps.append(1)
-            if len(steps) == int(1.5 * getattr(args, "num_steps", 1)) + 1:  # in the middle of the second update
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(actions)
-
-        envs.step = step_and_signal
-        return envs
-
-    monkeypatch.setattr(module, "make_envs", make_and_count)
+    monkeypatch.setattr(module.Run, "record_step", record_and_signal)
     assert go(module, *flags(settings | {"save_freq": 1000})) == 143
     (path,) = module.list_checkpoints(settings["run_dir"])
     assert int(path.stem) == 2 * update
@@ -417,19 +380,16 @@ def test_what_a_signal_saves_is_what_an_uninterrupted_run_had_then(script, tmp_p
     ("script", "number", "code"),
     [
         ("ppo_cartpole", signal.SIGINT, 130),
-        ("dqn_atari", signal.SIGTERM, 143),
-        pytest.param("ppo_cartpole", signal.SIGTERM, 143, marks=pytest.mark.slow),
         pytest.param("ppo_atari", signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param("dqn_atari", signal.SIGTERM, 143, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_and_says_how_to_go_on(script, number, code, tmp_path):
     """Ctrl-C, or what a cluster sends before it kills: what was learned so far is saved."""
     settings = SHORT[script] | {"total_timesteps": 100_000, "save_freq": 100_000, "run_dir": "run"}
-    if script == "dqn_atari":
-        settings |= {"train_frequency": 100, "num_envs": 8}  # soon at the first log
     command = [sys.executable, ROOT / f"{script}.py", *flags(settings)]
     process = subprocess.Popen(command, cwd=tmp_path, text=True, **PIPES)
-    while not (events := list(tmp_path.glob("run/events.*"))) or events[0].stat().st_size < 5000:
+    while not (events := list(tmp_path.glob("run/events.*"))) or events[0].stat().st_size < 500:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     process.send_signal(number)
@@ -437,24 +397,20 @@ def test_a_signal_saves_and_says_how_to_go_on(script, number, code, tmp_path):
     assert process.returncode == code
     assert "Traceback" not in stderr
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    step = SCRIPTS[script].load_checkpoint(checkpoint)["global_step"]
+    step = load_checkpoint(checkpoint)["global_step"]
     assert step > 0
-    assert stdout.splitlines()[-1] == f"Stopped after {step:,} steps. Go on: python {script}.py --resume run"
-    updates = stride(SCRIPTS[script].Args(**settings))
-    assert step % updates == 0
-    done = run(f"{script}.py", "--resume", "run", "--total-timesteps", step + updates, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert step % stride(SCRIPTS[script].Args(**settings)) == 0
+    assert stdout.splitlines()[-1] == f"Stopped after {step:,} steps. Go on: python {command[1]} --resume run"
 
 
 def test_two_processes_never_write_one_folder(tmp_path):
-    args = ppo_cartpole.Args(run_dir=str(tmp_path / "run"))
-    first = ppo_cartpole.Run(args)
+    first = ppo_cartpole.Run(ppo_cartpole.Args(run_dir=str(tmp_path / "run")))
     done = run("ppo_cartpole.py", "--run-dir", "run", cwd=tmp_path)
     assert done.returncode == 1
     assert "run is being written by another process" in done.stderr
     assert done.stderr.count("\n") == 1
     first.lock.close()
-    ppo_cartpole.Run(args)
+    assert go(ppo_cartpole, "--run-dir", tmp_path / "run", "--total-timesteps", 256) == 0
 
 
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capsys):
@@ -497,26 +453,19 @@ def test_a_shortened_checkpoint_is_refused(keep, checkpoint_file, capsys):
     assert "damaged" in refusal(checkpoint_file, capsys)
 
 
-def test_a_flipped_bit_in_a_weight_is_refused(checkpoint_file, capsys):
+@pytest.mark.parametrize("where", ["in a weight", "in what is said of a weight"])
+def test_a_flipped_bit_that_torch_alone_does_not_notice_is_refused(where, checkpoint_file, capsys):
+    """The second one calls the weight a directory: torch.load leaves its memory as it found it."""
     whole = bytearray(checkpoint_file.read_bytes())
     with zipfile.ZipFile(checkpoint_file) as file:
         largest = max(file.infolist(), key=lambda info: info.file_size)
-    middle = largest.header_offset + 200 + largest.file_size // 2
-    whole[middle] ^= 1
+    if where == "in a weight":
+        whole[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    else:
+        entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"/data/0"))  # in the central directory
+        whole[entry + 38] |= 0x10  # its external file attributes (APPNOTE.TXT, 4.3.12)
     checkpoint_file.write_bytes(whole)
-    assert torch.load(checkpoint_file, weights_only=True)["format"] == 2  # torch alone does not notice
-    assert "damaged" in refusal(checkpoint_file, capsys)
-
-
-def test_a_weight_that_a_flipped_bit_calls_a_directory_is_refused(checkpoint_file, capsys):
-    """torch.load leaves the memory of its weights as it found it, and all checksums are right."""
-    whole = bytearray(checkpoint_file.read_bytes())
-    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"/data/0"))  # of a weight, in the central directory
-    whole[entry + 38] |= 0x10  # its external file attributes (APPNOTE.TXT, 4.3.12)
-    checkpoint_file.write_bytes(whole)
-    with zipfile.ZipFile(checkpoint_file) as file:
-        assert file.testzip() is None
-    assert torch.load(checkpoint_file, weights_only=True)["format"] == 2  # torch alone does not notice
+    assert torch.load(checkpoint_file, weights_only=True)["format"] == 2
     assert "damaged" in refusal(checkpoint_file, capsys)
 
 
@@ -528,36 +477,28 @@ def test_other_formats_and_foreign_files_are_refused(checkpoint_file, tmp_path, 
     for name in ("newer.pt", "weights.pt", "tensor.pt"):
         assert "not a checkpoint that this version reads" in refusal(tmp_path / name, capsys)
     torch.save(checkpoint | {"format": 1}, tmp_path / "older.pt")
-    torch.save({key: checkpoint[key] for key in checkpoint.keys() - {"optimizer"}}, tmp_path / "policy.pt")
-    for name in ("older.pt", "policy.pt"):
-        assert same(load_checkpoint(tmp_path / name)["model"], checkpoint["model"])
-        assert go(ppo_cartpole, "--resume", tmp_path / name) == 1
-        (message,) = last_words(capsys)
-        assert f"{name} cannot be resumed" in message
+    assert same(load_checkpoint(tmp_path / "older.pt")["model"], checkpoint["model"])
+    assert go(ppo_cartpole, "--resume", tmp_path / "older.pt") == 1
+    (message,) = last_words(capsys)
+    assert "older.pt cannot be resumed" in message
 
 
 @pytest.mark.parametrize(
-    ("broken", "reason"),
+    ("part", "content", "reason"),
     [
-        ({"optimizer": 3}, "AttributeError"),
-        ({"optimizer": {}}, "KeyError"),
-        ({"model": {"a": torch.ones(1)}}, "RuntimeError: Error(s) in loading state_dict"),
-        ({"args": {"no_such": 1}}, "whose flags are not those of this script"),
+        ("optimizer", {}, "does not fit this script or its flags (KeyError: 'param_groups')"),
+        ("optimizer", 3, "does not fit this script or its flags (AttributeError: "),
+        ("model", {"a": torch.ones(1)}, "does not fit this script or its flags (RuntimeError: Error(s) in loading"),
+        ("args", {"no_such": 1}, "was written by ppo_cartpole.py, whose flags are not those of this script"),
     ],
 )
-def test_a_whole_file_that_fits_nothing_gets_one_sentence(broken, reason, checkpoint_file, capsys):
+def test_a_whole_file_that_fits_nothing_gets_one_sentence(part, content, reason, checkpoint_file, capsys):
     """Not damaged, but from an edited script, or made by hand."""
-    torch.save(load_checkpoint(checkpoint_file) | broken, checkpoint_file)
+    torch.save(load_checkpoint(checkpoint_file) | {part: content}, checkpoint_file)
     capsys.readouterr()
     assert go(ppo_cartpole, "--resume", checkpoint_file, "--total-timesteps", 2000) == 1
     (message,) = last_words(capsys)
     assert reason in message
-    assert "args" in broken or "does not fit this script or its flags" in message
-    if broken.keys() & {"args", "model"}:
-        with pytest.raises(SystemExit) as stop:
-            evaluate.main(evaluate.Args(str(checkpoint_file)))
-        assert stop.value.code == 1
-        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_norm_obs_is_saved_and_reloaded_and_frozen(tmp_path):

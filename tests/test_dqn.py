@@ -1,19 +1,20 @@
 """dqn_atari.py: its replay buffer against one that stores every stack whole, its targets, schedules and counts."""
 
-import copy
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT, flags, reload
-from probes import DelayedReward, Endless, InFrames, RewardFromActionAndObs, TruncatedEndless
+from conftest import ROOT, SHORT, flags, reload, same, train
+from probes import DelayedReward, Endless, InFrames, RewardFromActionAndObs, TruncatedEndless, play_in_frames
 
 import dqn_atari
-import evaluate
 from dqn_atari import Args, ReplayBuffer, annealed_epsilon, dqn_update, epsilon_greedy, td_target, update_target
 
 STACK = 4
@@ -22,9 +23,14 @@ STACK = 4
 class Games:
     """N games of random length whose frames are numbered, so that no two are alike; they end in every way there is."""
 
+    single_observation_space = gym.spaces.Box(0, 255, (STACK, 2, 2), np.uint8)
+
     def __init__(self, num_envs, random, ends):
         self.num_envs, self.random, self.ends, self.number = num_envs, random, ends, 0
-        self.obs = np.stack([self.start() for _ in range(num_envs)])
+
+    def reset(self):
+        self.obs = np.stack([self.start() for _ in range(self.num_envs)])
+        return self.obs
 
     def frame(self):
         self.number += 1
@@ -45,7 +51,7 @@ class Games:
         transitions = [
             (self.obs[n].tobytes(), seen_next[n].tobytes(), actions[n], rewards[n], terminated[n]) for n in range(N)
         ]
-        final_obs = {n: seen_next[n] for n in np.flatnonzero(kinds == "truncated")}
+        final_obs = {n: seen_next[n] for n in np.flatnonzero(kinds == "truncated").tolist()}
         self.obs = np.stack([self.start() if ended[n] else seen_next[n] for n in range(N)])
         return (actions, rewards, terminated, ended, final_obs, self.obs), transitions
 
@@ -63,26 +69,41 @@ def check(buffer, stored):
     assert sampled == expected.keys()  # a miss has a chance below 1e-14
 
 
-def random_buffer(seed, path):
-    """Games, a buffer for them, the rows of its capacity, and the rows that it must have room for besides."""
+def random_buffer(seed, folder):
+    """Games, a buffer for them, the steps that it samples from, and the rows that it must have room for besides."""
     random = np.random.default_rng(seed)
-    num_envs, rows = random.integers(1, 5), random.integers(1, 40)
-    capacity = int(rows * num_envs + random.integers(0, num_envs))  # what is no multiple is rounded down
+    num_envs, rows = (int(random.integers(1, high)) for high in (5, 40))
+    capacity = rows * num_envs + int(random.integers(0, num_envs))  # what is no multiple is rounded down
     games = Games(num_envs, random, random.dirichlet([1, 1, 1]) * random.choice([0.02, 0.2, 0.9]))
     spare = int(random.integers(0, 60))
-    return games, ReplayBuffer(path, games.obs, capacity, spare), rows, -(-spare // num_envs)
+    return games, ReplayBuffer(folder, games, capacity, spare), rows * num_envs, -(-spare // num_envs)
+
+
+def play(games, buffer, stored, num_rows):
+    """Some steps in segments of random length, of which the last goes on; `stored` and the new transitions."""
+    for _ in range(num_rows):
+        if games.random.random() < 0.1:
+            buffer.end_games()
+            buffer.begin_games(games.reset())
+        added, transitions = games.step()
+        buffer.add(*added)
+        stored = stored + transitions
+    return stored
 
 
 @pytest.mark.parametrize("seed", range(25))
 def test_the_buffer_samples_what_one_of_whole_stacks_holds(seed, tmp_path):
     """Every transition among the last `capacity`, and no other; stacks and next stacks as the agent saw them."""
-    games, buffer, rows, _ = random_buffer(seed, tmp_path / "replay.bin")
+    games, buffer, capacity, _ = random_buffer(seed, tmp_path)
+    buffer.begin_games(games.reset())
     stored = []
-    for step in range(1, 250):
-        added, transitions = games.step()
-        buffer.add(*added)
-        stored = (stored + transitions)[-rows * games.num_envs :]
-        if step in (1, 2, 3, 4, 5, 20, 39, 40, 41, 42, 43, 44, 45, 130, 249):
+    for num_rows in (1, 1, 1, 1, 1, 15, 19, 1, 1, 1, 1, 1, 1, 85, 119):
+        stored = play(games, buffer, stored, num_rows)[-capacity:]
+        check(buffer, stored)
+        if num_rows > 1:
+            buffer.end_games()
+            check(buffer, stored)
+            buffer.begin_games(games.reset())
             check(buffer, stored)
 
 
@@ -92,49 +113,43 @@ def test_the_buffer_of_a_checkpoint_is_there_when_the_run_goes_on(seed, tmp_path
 
     If more steps were added than there was room for, the oldest transitions are gone; no other is wrong.
     """
-    games, buffer, rows, num_spare = random_buffer(seed, tmp_path / "replay.bin")
-    random, num_envs, stored = np.random.default_rng(seed), games.num_envs, []
-    for _ in range(random.integers(1, 150)):
-        added, transitions = games.step()
-        buffer.add(*added)
-        stored = (stored + transitions)[-rows * num_envs :]
+    games, buffer, capacity, num_spare = random_buffer(seed, tmp_path)
+    random, num_envs, furthest = np.random.default_rng(seed), games.num_envs, 0
+    buffer.begin_games(games.reset())
+    stored = play(games, buffer, [], random.integers(1, 150))[-capacity:]
+    buffer.end_games()
     torch.save(buffer.state_dict(), tmp_path / "state.pt")
     torch.manual_seed(seed)
     before = buffer.sample(100)
-    furthest = 0
 
     for _ in range(2):
         further = int(random.choice([num_spare // 2, num_spare, num_spare + 3, num_spare + 100]))
         furthest = max(furthest, further)
-        for _ in range(further):
-            buffer.add(*games.step()[0])
-        state = torch.load(tmp_path / "state.pt", weights_only=True)
-        games.obs = np.stack([games.start() for _ in range(num_envs)])
-        buffer = ReplayBuffer(tmp_path / "replay.bin", games.obs, rows * num_envs, spare=7, saved=state)
+        buffer.begin_games(games.reset())
+        play(games, buffer, [], further)
+        buffer = ReplayBuffer(tmp_path, games, capacity, spare=7)
+        buffer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         if furthest <= num_spare:
             torch.manual_seed(seed)
-            assert all(torch.equal(x, y) for x, y in zip(before, buffer.sample(100), strict=True))
+            assert same(before, buffer.sample(100))
             assert buffer.filled * num_envs == len(stored)
         if buffer.filled:
             check(buffer, stored[-buffer.filled * num_envs :])
-        assert furthest <= num_spare + rows + STACK or not buffer.filled
+        assert furthest <= num_spare + capacity // num_envs + STACK or not buffer.filled
 
     restored = stored[-buffer.filled * num_envs :] if buffer.filled else []
-    for step in range(60):
-        added, transitions = games.step()
-        buffer.add(*added)
-        restored = (restored + transitions)[-rows * num_envs :]
-        if step % 7 == 3:
-            check(buffer, restored)
+    buffer.begin_games(games.reset())
+    for _ in range(9):
+        restored = play(games, buffer, restored, 7)[-capacity:]
+        check(buffer, restored)
 
 
 def test_the_buffer_samples_uniformly(tmp_path):
-    random = np.random.default_rng(0)
-    games = Games(3, random, (0.1, 0.1, 0.1))
+    games = Games(3, np.random.default_rng(0), (0.1, 0.1, 0.1))
     torch.manual_seed(0)
-    buffer = ReplayBuffer(tmp_path / "replay.bin", games.obs, 30, spare=10)
-    for _ in range(25):
-        buffer.add(*games.step()[0])
+    buffer = ReplayBuffer(tmp_path, games, 30, spare=10)
+    buffer.begin_games(games.reset())
+    play(games, buffer, [], 25)
     newest = buffer.sample(60_000)[0][:, 3].flatten(1).numpy()
     counts = np.unique(newest, axis=0, return_counts=True)[1]
     assert len(counts) == 30
@@ -142,9 +157,9 @@ def test_the_buffer_samples_uniformly(tmp_path):
 
 
 def test_the_buffer_takes_no_memory_before_it_is_used_and_its_disk_at_once(tmp_path):
-    obs = np.zeros((8, 4, 84, 84), np.uint8)
-    before = resident()
-    buffer = ReplayBuffer(tmp_path / "replay.bin", obs, 100_000, spare=50_000)
+    before, envs = resident(), InFrames(Endless, 8)
+    buffer = ReplayBuffer(tmp_path, envs, 100_000, spare=50_000)
+    buffer.begin_games(envs.reset()[0])
     assert buffer.path.stat().st_size == pytest.approx(150_000 * 7063, rel=1e-3)
     assert buffer.path.stat().st_blocks * 512 >= buffer.path.stat().st_size
     assert resident() - before < 0.1e9
@@ -187,10 +202,10 @@ def test_a_gradient_step_by_hand():
     """Each value moves by 2 / M of its error, toward a target that stands still."""
     agent, target = Table([[0.0, 1.0], [2.0, 3.0]]), Table([[10.0, 20.0], [30.0, 40.0]])
     batch = frames((0, 1), (1, 0)), torch.tensor([1, 0]), torch.tensor([1.0, -1.0]), torch.tensor([False, True])
-    loss, q_mean = dqn_update(agent, target, torch.optim.SGD(agent.parameters(), lr=0.1), batch, gamma=0.5).tolist()
+    metrics = dqn_update(agent, target, torch.optim.SGD(agent.parameters(), lr=0.1), batch, gamma=0.5)
     errors = (1 + 0.5 * 40) - 1, -1 - 2  # of Q(0, 1) and of Q(1, 0)
-    assert loss == pytest.approx((errors[0] ** 2 + errors[1] ** 2) / 2)
-    assert q_mean == pytest.approx(1.5)
+    assert metrics["td_loss"].item() == pytest.approx((errors[0] ** 2 + errors[1] ** 2) / 2)
+    assert metrics["q_values"].item() == pytest.approx(1.5)
     assert agent.q_values.detach().flatten().tolist() == pytest.approx([0, 1 + 0.1 * errors[0], 2 + 0.1 * errors[1], 3])
     assert target.q_values.detach().flatten().tolist() == [10, 20, 30, 40]
 
@@ -203,11 +218,12 @@ def test_target_network_moves_by_tau():
     assert torch.equal(target.q_values, agent.q_values)
 
 
-def test_epsilon_reaches_its_ends():
-    args = Args(total_timesteps=1000, learning_starts=0, exploration_fraction=0.2, start_e=1.0, end_e=0.1)
-    assert [annealed_epsilon(args, step) for step in (0, 100, 200, 1000)] == pytest.approx([1, 0.55, 0.1, 0.1])
-    args.exploration_fraction = 0
-    assert [annealed_epsilon(args, step) for step in (0, 1)] == pytest.approx([1, 0.1])
+def test_epsilon_falls_once_learning_starts():
+    args = Args(total_timesteps=1000, learning_starts=300, exploration_fraction=0.2, start_e=0.9, end_e=0.1)
+    steps = (0, 299, 300, 400, 500, 1000)
+    assert [annealed_epsilon(args, step) for step in steps] == pytest.approx([1, 1, 0.9, 0.5, 0.1, 0.1])
+    args.learning_starts = args.exploration_fraction = 0
+    assert [annealed_epsilon(args, step) for step in (0, 1)] == pytest.approx([0.9, 0.1])
 
 
 def test_epsilon_is_the_chance_of_a_random_action():
@@ -218,10 +234,10 @@ def test_epsilon_is_the_chance_of_a_random_action():
     assert (epsilon_greedy(q_values, 0.0) == 1).all()
 
 
-def train(tmp_path, monkeypatch, probe=RewardFromActionAndObs, life_lost=False, signals=(), **settings):
+def learn(monkeypatch, folder, probe=RewardFromActionAndObs, life_lost=False, **settings):
     """The folder of a run on a probe."""
-    monkeypatch.setattr(dqn_atari, "make_envs", lambda args, n, seed, training: InFrames(probe, n, life_lost))
-    return dqn_atari.train(Args(**SHORT["dqn_atari"] | {"run_dir": str(tmp_path / "run")} | settings), signals)
+    play_in_frames(monkeypatch, dqn_atari, probe, life_lost)
+    return train(dqn_atari, folder, **SHORT["dqn_atari"] | settings)
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 3, 8, 64])
@@ -229,27 +245,48 @@ def train(tmp_path, monkeypatch, probe=RewardFromActionAndObs, life_lost=False, 
 def test_gradient_steps_and_targets_come_when_a_single_game_would_bring_them(
     num_envs, learning_starts, train_frequency, tmp_path, monkeypatch
 ):
-    """So does the fall of epsilon, which is the one that actions are drawn with."""
-    updates, copies, epsilons, explored = [], [], [], []
-    monkeypatch.setattr(dqn_atari, "dqn_update", lambda *a: updates.append(len(copies)) or torch.zeros(2))
+    """But for the start, which waits for no part of a step of all games. Checkpoints change nothing."""
+    updates, copies, explored = [], [], []
+    zeros = {"td_loss": torch.zeros(()), "q_values": torch.zeros(())}
+    monkeypatch.setattr(dqn_atari, "dqn_update", lambda *a: updates.append(len(copies)) or zeros)
     monkeypatch.setattr(dqn_atari, "update_target", lambda *a: copies.append(len(updates)))
     monkeypatch.setattr(dqn_atari.nn.utils, "get_total_norm", lambda grads: torch.zeros(()))
-    monkeypatch.setattr(
-        dqn_atari, "annealed_epsilon", lambda args, step: epsilons.append(step) or annealed_epsilon(args, step)
-    )
     monkeypatch.setattr(dqn_atari, "epsilon_greedy", lambda q, epsilon: explored.append(epsilon) or q.argmax(-1))
-    settings = dict(learning_starts=learning_starts, train_frequency=train_frequency, target_network_frequency=20)
-    settings["exploration_fraction"] = 0.5
-    run_dir = train(tmp_path, monkeypatch, num_envs=num_envs, buffer_size=128, total_timesteps=192, **settings)
-    due = [step for step in range(1, 193) if step > learning_starts and step % train_frequency == 0]
+    settings = dict(learning_starts=learning_starts, train_frequency=train_frequency, exploration_fraction=0.5)
+    settings |= dict(num_envs=num_envs, buffer_size=128, total_timesteps=192, save_freq=50)
+    run_dir = learn(monkeypatch, tmp_path, **settings)
+    learned = [step for step in range(1, 193) if -(-step // num_envs) * num_envs >= learning_starts]
+    due = [step for step in learned if step % train_frequency == 0]
     assert len(updates) == len(due)
-    copies_due = [step for step in range(1, 193) if step > learning_starts and step % 20 == 0]
+    copies_due = [step for step in learned if step % 20 == 0]
     assert copies == [sum(update <= step for update in due) for step in copies_due]  # each after its own updates
-    assert epsilons[1:] == list(range(0, 192, num_envs))  # the first is what the first line says
     checkpoint = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))
     assert checkpoint["global_step"] == 192
     args = Args(**checkpoint["args"])
     assert explored == [annealed_epsilon(args, step) for step in range(0, 192, num_envs)]
+
+
+def test_actions_are_random_until_learning_starts(tmp_path, monkeypatch):
+    """And the network's from then on, if epsilon is 0."""
+    played, updated, step = [], [], InFrames.step
+
+    def record(envs, actions):
+        played.extend(zip(envs.stacks[:, -1, 0, 0].tolist(), actions.tolist(), strict=True))
+        return step(envs, actions)
+
+    def note(agent, target_agent, optimizer, batch, gamma):
+        updated.append(len(played))
+        return dqn_update(agent, target_agent, optimizer, batch, gamma)
+
+    monkeypatch.setattr(InFrames, "step", record)
+    monkeypatch.setattr(dqn_atari, "dqn_update", note)
+    settings = dict(num_envs=8, buffer_size=800, learning_starts=800, train_frequency=20, total_timesteps=960)
+    learn(monkeypatch, tmp_path, **settings, save_freq=500, learning_rate=0.0, start_e=0.0, end_e=0.0)
+    assert updated[0] == 800
+    for seen in (0, 255):
+        before, after = ([action for obs, action in part if obs == seen] for part in (played[:800], played[800:]))
+        assert np.mean(before) == pytest.approx(0.5, abs=0.1)  # 4 standard deviations
+        assert len(set(after)) == 1
 
 
 class Colorful(Endless):
@@ -262,9 +299,14 @@ class Colorful(Endless):
         return 2.0 * action - 1
 
 
-@pytest.mark.parametrize(("probe", "life_lost"), [(TruncatedEndless, False), (DelayedReward, False), (Colorful, True)])
+@pytest.mark.parametrize(
+    ("probe", "life_lost"), [(TruncatedEndless, False), (DelayedReward, False), (Colorful, False), (Colorful, True)]
+)
 def test_what_is_learned_from_is_what_was_played(probe, life_lost, tmp_path, monkeypatch):
-    """Every transition of every batch: the stack that was seen, what was done, what came, the stack that followed."""
+    """Every transition of every batch: the stack that was seen, what was done, what came, the stack that followed.
+
+    Games are cut off by six checkpoints, too.
+    """
     played, batches = defaultdict(set), []
     step = InFrames.step
 
@@ -279,86 +321,82 @@ def test_what_is_learned_from_is_what_was_played(probe, life_lost, tmp_path, mon
 
     monkeypatch.setattr(InFrames, "step", record)
     monkeypatch.setattr(dqn_atari, "dqn_update", lambda *a: batches.append(a[3]) or dqn_update(*a))
-    train(tmp_path, monkeypatch, probe, life_lost, num_envs=3, total_timesteps=300, batch_size=8)
+    learn(monkeypatch, tmp_path, probe, life_lost, num_envs=3, total_timesteps=300, batch_size=8, save_freq=50)
     ends = 0
     for batch in batches:
         for stacks, action, reward, end in zip(*(x.numpy() for x in batch), strict=True):
             following = played[stacks[:-1].tobytes(), int(action), float(reward), bool(end)]
             assert (None if end else stacks[1:].tobytes()) in following
             ends += end
-    assert len(batches) == 71
-    assert (ends > 0) == (probe is not TruncatedEndless)
+    assert len(batches) == 72
+    assert (ends > 0) == (life_lost or probe is DelayedReward)
 
 
-def resume(run_dir, monkeypatch, *arguments):
-    """Go on with a run; the target network's parameters at each gradient step."""
-    seen = []
+def stop_at(monkeypatch, num_rows):
+    """The run gets SIGTERM as it adds this row to its buffer."""
+    add = ReplayBuffer.add
 
-    def watch(agent, target_agent, *rest):
-        seen.append(copy.deepcopy(target_agent.state_dict()))
-        return dqn_update(agent, target_agent, *rest)
+    def add_and_stop(buffer, *row):
+        add(buffer, *row)
+        if buffer.count == num_rows:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ReplayBuffer, "add", add_and_stop)
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """The folder of a run on a probe that was stopped after 60 of 80 steps, and its checkpoint."""
+    play_in_frames(monkeypatch, dqn_atari, RewardFromActionAndObs)
+    stop_at(monkeypatch, 30)
+    settings = SHORT["dqn_atari"] | {"run_dir": str(tmp_path / "run"), "target_network_frequency": 48}
+    assert dqn_atari.train(Args(**settings)) == 128 + signal.SIGTERM
+    checkpoint = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(tmp_path / "run"))
+    assert checkpoint["global_step"] == 60
+    return tmp_path / "run", checkpoint
+
+
+def go_on(run_dir, checkpoint, **changed):
+    """Resume a run; its exit code."""
+    return dqn_atari.train(Args(**checkpoint["args"] | {"resume": str(run_dir)} | changed))
+
+
+@pytest.mark.parametrize(("replay", "num_updates"), [("kept", 5), ("gone", 2), ("another's", 2), ("cut short", 2)])
+def test_resume_goes_on_with_target_network_and_replay(replay, num_updates, stopped, monkeypatch):
+    """Without its file it fills a new one before it learns, with 16 steps."""
+    (run_dir, checkpoint), seen = stopped, []
+    changed = {"num_envs": 4, "buffer_size": 36} if replay == "gone" else {}
+    if replay == "gone":
+        (run_dir / "replay.bin").unlink()
+    elif replay == "another's":
+        envs, size = InFrames(RewardFromActionAndObs, 2), (run_dir / "replay.bin").stat().st_size
+        ReplayBuffer(run_dir, envs, 32, spare=40).begin_games(envs.reset()[0])
+        assert (run_dir / "replay.bin").stat().st_size == size
+    elif replay == "cut short":
+        os.truncate(run_dir / "replay.bin", 100_000)
+
+    def watch(agent, target_agent, optimizer, *rest):
+        seen.append(([x.clone() for x in target_agent.parameters()], optimizer.param_groups[0]["lr"]))
+        return dqn_update(agent, target_agent, optimizer, *rest)
 
     monkeypatch.setattr(dqn_atari, "dqn_update", watch)
-    monkeypatch.setattr("sys.argv", ["x.py", "--resume", str(run_dir), *map(str, arguments)])
-    dqn_atari.train(dqn_atari.read_args())
-    return seen
-
-
-def test_resume_goes_on_with_target_network_and_replay(tmp_path, monkeypatch, capsys):
-    signals, added, add = [], [], ReplayBuffer.add
-
-    def add_and_signal(buffer, *row):
-        added.append(row)
-        if len(added) == 30:
-            signals.append(15)
-        return add(buffer, *row)
-
-    monkeypatch.setattr(ReplayBuffer, "add", add_and_signal)
-    monkeypatch.setattr(dqn_atari, "make_envs", lambda args, n, seed, training: InFrames(RewardFromActionAndObs, n))
-    run_dir = tmp_path / "run"
-    with pytest.raises(SystemExit):
-        dqn_atari.train(Args(**SHORT["dqn_atari"] | {"run_dir": str(run_dir), "target_network_frequency": 48}), signals)
-    before = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(run_dir))
-    assert before["global_step"] == 60
-    assert not all(torch.equal(before["model"][key], before["target_model"][key]) for key in before["model"])
-    seen = resume(run_dir, monkeypatch)
-    assert len(seen) == (80 - 60) // 4
-    assert all(torch.equal(seen[0][key], before["target_model"][key]) for key in before["target_model"])
-    assert "32 steps in the replay buffer" in capsys.readouterr().out
+    assert go_on(run_dir, checkpoint, learning_rate=0.01, **changed) == 0
+    assert len(seen) == num_updates
+    assert same(seen[0], (list(checkpoint["target_model"].values()), 0.01))
+    assert not same(checkpoint["target_model"], checkpoint["model"])
     assert not (run_dir / "replay.bin").exists()  # the run is finished
 
 
-def test_resume_without_the_replay_file_fills_a_new_one_before_it_learns(tmp_path, monkeypatch, capsys):
-    run_dir = train(tmp_path, monkeypatch, total_timesteps=80)  # removes its file at the end
-    seen = resume(run_dir, monkeypatch, "--total-timesteps", 120)
-    assert len(seen) == (120 - 80 - SHORT["dqn_atari"]["learning_starts"]) // 4
-    out = capsys.readouterr().out
-    assert "learning from 96 on" in out
-    assert "0 steps in the replay buffer" in out
-
-
-def test_the_file_of_another_buffer_is_not_taken_for_the_checkpoints(tmp_path, monkeypatch, capsys):
-    """A finished run is resumed, makes a new file of the same size, and is killed before its next checkpoint."""
-    run_dir = train(tmp_path, monkeypatch, total_timesteps=80)
-    monkeypatch.setattr(dqn_atari, "save_checkpoint", lambda *a, **k: False)
-    for _ in range(2):
-        with pytest.raises(SystemExit):
-            resume(run_dir, monkeypatch, "--total-timesteps", 120)
-        assert (run_dir / "replay.bin").exists()
-        assert "0 steps in the replay buffer" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("changed", [("--num-envs", 4), ("--buffer-size", 34)])
-def test_resume_with_other_sizes_is_refused_and_leaves_the_file(changed, tmp_path, monkeypatch, capsys):
-    signals = [15]
-    with pytest.raises(SystemExit):
-        train(tmp_path, monkeypatch, signals=signals)
-    content = (tmp_path / "run" / "replay.bin").read_bytes()
+@pytest.mark.parametrize("changed", [{"num_envs": 4}, {"buffer_size": 34}])
+def test_resume_with_other_sizes_is_refused_and_leaves_the_file(changed, stopped, capsys):
+    run_dir, checkpoint = stopped
+    content = (run_dir / "replay.bin").read_bytes()
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        resume(tmp_path / "run", monkeypatch, *changed)
+        go_on(run_dir, checkpoint, **changed)
     assert stop.value.code == 2
-    assert "--num-envs and --buffer-size" in capsys.readouterr().err
-    assert (tmp_path / "run" / "replay.bin").read_bytes() == content
+    assert "--num-envs and --buffer-size must stay as they were" in capsys.readouterr().err
+    assert (run_dir / "replay.bin").read_bytes() == content
 
 
 def test_after_kill_9_the_buffer_is_that_of_the_checkpoint(tmp_path):
@@ -377,51 +415,37 @@ def test_after_kill_9_the_buffer_is_that_of_the_checkpoint(tmp_path):
     path = dqn_atari.find_checkpoint(tmp_path / "killed")
     killed = dqn_atari.load_checkpoint(path)
 
-    signals, add = [], ReplayBuffer.add
     with pytest.MonkeyPatch.context() as patch:
-
-        def add_and_stop(buffer, *row):
-            add(buffer, *row)
-            if 2 * buffer.count == killed["global_step"]:
-                signals.append(15)
-
-        patch.setattr(ReplayBuffer, "add", add_and_stop)
-        with pytest.raises(SystemExit):
-            dqn_atari.train(Args(**settings, run_dir=str(tmp_path / "stopped")), signals)
+        stop_at(patch, killed["global_step"] // 2)
+        assert dqn_atari.train(Args(**settings, run_dir=str(tmp_path / "stopped"))) == 128 + signal.SIGTERM
     stopped = dqn_atari.load_checkpoint(dqn_atari.find_checkpoint(tmp_path / "stopped"))
     assert stopped["global_step"] == killed["global_step"]
     batches = []
     for name, checkpoint in (("killed", killed), ("stopped", stopped)):
-        obs = np.zeros((2, 4, 84, 84), np.uint8)
-        file = tmp_path / name / "replay.bin"
-        buffer = ReplayBuffer(file, obs, settings["buffer_size"], settings["save_freq"], checkpoint["replay"])
+        envs = InFrames(Endless, 2)
+        buffer = ReplayBuffer(tmp_path / name, envs, settings["buffer_size"], settings["save_freq"])
+        buffer.load_state_dict(checkpoint["buffer"])
         assert buffer.filled == 16
         torch.manual_seed(0)
         batches.append(buffer.sample(1000))
-    assert all(torch.equal(x, y) for x, y in zip(*batches, strict=True))
-    assert all(torch.equal(killed["model"][key], stopped["model"][key]) for key in killed["model"])
+    assert same(*batches)
+    assert same(killed["model"], stopped["model"])
 
 
-@pytest.mark.parametrize("broken", [{"replay": 3}, {"target_model": {"a": 1}}, {"target_model": None}])
-def test_a_checkpoint_of_an_edited_copy_gets_one_sentence(broken, tmp_path, monkeypatch, capsys):
-    run_dir = train(tmp_path, monkeypatch)
-    path = dqn_atari.find_checkpoint(run_dir)
-    torch.save(dqn_atari.load_checkpoint(path) | broken, path)
+@pytest.mark.parametrize("broken", [{"buffer": 3}, {"target_model": {"a": 1}}, {"target_model": None}])
+def test_a_checkpoint_of_an_edited_copy_gets_one_sentence(broken, stopped, capsys):
+    run_dir, checkpoint = stopped
+    torch.save(checkpoint | broken, dqn_atari.find_checkpoint(run_dir))
     capsys.readouterr()
-    if "replay" in broken:
-        resume(run_dir, monkeypatch, "--total-timesteps", 120)
-        assert "0 steps in the replay buffer" in capsys.readouterr().out
-    else:
-        with pytest.raises(SystemExit) as stop:
-            resume(run_dir, monkeypatch, "--total-timesteps", 120)
-        assert stop.value.code == 1
-        assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        go_on(run_dir, checkpoint)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_evaluation_explores_as_much_as_the_checkpoint_says(tmp_path):
-    run_dir = dqn_atari.train(Args(run_dir=str(tmp_path / "run"), end_e=0.3, **SHORT["dqn_atari"]))
-    _, envs, agent = evaluate.rebuild(evaluate.find_checkpoint(run_dir), evaluate.Args(str(run_dir)), 2)
-    obs = torch.as_tensor(envs.reset()[0][:1]).expand(2000, 4, 84, 84)
+    _, agent = reload(dqn_atari, train(dqn_atari, tmp_path, **SHORT["dqn_atari"], end_e=0.3))
+    obs = torch.randint(256, (1, 4, 84, 84), dtype=torch.uint8).expand(2000, 4, 84, 84)
     torch.manual_seed(0)
     with torch.no_grad():
         best = agent.act(obs, greedy=True)
@@ -439,7 +463,7 @@ def test_nan_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(dqn_atari, "dqn_update", spoil)
     with pytest.raises(SystemExit) as stop:
-        train(tmp_path, monkeypatch, total_timesteps=200)
+        learn(monkeypatch, tmp_path, total_timesteps=200)
     assert stop.value.code == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert "td_loss is nan after 80 steps" in message

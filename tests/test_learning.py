@@ -1,6 +1,7 @@
 """The mathematics against independent computations, and each script's learning on problems with known answers."""
 
 import numpy as np
+import probes
 import pytest
 import torch
 from conftest import reload, train
@@ -11,7 +12,6 @@ from torch.distributions import Categorical
 import dqn_atari
 import ppo_atari
 import ppo_cartpole
-import probes
 from ppo_cartpole import Args, RunningNorm, compute_gae, ppo_loss, sample
 
 

@@ -1,7 +1,7 @@
-"""`torchrun ppo_atari.py`: several processes that learn as one. Here two, which talk through gloo."""
+"""torchrun with both PPO scripts: several processes that learn as one. Here two, which talk through gloo."""
 
+import fcntl
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -10,74 +10,79 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, flags
+from conftest import ROOT, SCRIPTS, SHORT, flags, same
 from probes import InFrames, RewardFromActionAndObs
-from test_checkpoint import PIPES, curve
+from test_checkpoint import PIPES
 
-import ppo_atari
-
-# One-step games in frames, and a record of what each update got and did.
+# What a script does, ppo_atari.py with games of one step; and a record of what each update got and did.
 PROGRAM = """
-import os, sys, torch, ppo_atari
-from probes import InFrames, RewardFromActionAndObs
-rank, updates, seeds = int(os.environ["RANK"]), [], []
-ppo_update, ppo_loss, clip = ppo_atari.ppo_update, ppo_atari.ppo_loss, torch.nn.utils.clip_grad_norm_
-copy = lambda xs: [x.detach().clone() for x in xs]
+import copy, importlib, os, sys, torch, probes
+module = importlib.import_module(os.environ["MODULE"])
+rank, updates, seeds, trouble = int(os.environ["RANK"]), [], [], os.environ.get("TROUBLE", "").split()
+ppo_update, ppo_loss, clip = module.ppo_update, module.ppo_loss, torch.nn.utils.clip_grad_norm_
+begin_segment = module.Run.begin_segment
 
 def watch_clip(parameters, *rest):
     parameters = list(parameters)
-    updates[-1]["gradients"].append(copy(p.grad for p in parameters))
+    updates[-1]["gradients"].append([p.grad.clone() for p in parameters])
     return clip(parameters, *rest)
 
-def watch_update(learner, optimizer, batch, *rest, **more):
-    updates.append({"seeds": seeds, "batch": copy(batch), "before": copy(learner.parameters()), "gradients": []})
-    metrics = ppo_update(learner, optimizer, batch, *rest, **more)
-    updates[-1]["after"] = copy(learner.parameters())
+def watch_update(agent, optimizer, batch, args):
+    before, batch = copy.deepcopy(agent.state_dict()), [x.clone() for x in batch]
+    updates.append({"seeds": seeds, "batch": batch, "before": before, "gradients": []})
+    metrics = ppo_update(agent, optimizer, batch, args)
+    updates[-1]["after"] = [p.detach().clone() for p in agent.parameters()]
     torch.save(updates, f"rank{rank}.pt")
     return metrics
 
-def trouble(agent, minibatch, args):
+def watch_loss(agent, minibatch, args):
     loss, metrics = ppo_loss(agent, minibatch, args)
-    name, value = os.environ["TROUBLE"].split()
-    metrics[name] = torch.tensor(float(value)) if rank == 1 else metrics[name]
+    if trouble and rank == 1:
+        metrics[trouble[0]] = torch.tensor(float(trouble[len(updates)]))
     return loss, metrics
 
-torch.nn.utils.clip_grad_norm_, ppo_atari.ppo_update = watch_clip, watch_update
-def make_envs(args, n, seed, training):
-    seeds.append(seed)
-    return InFrames(RewardFromActionAndObs, n)
-
-ppo_atari.make_envs = make_envs
-if "TROUBLE" in os.environ:
-    ppo_atari.ppo_loss = trouble
-ppo_atari.train(ppo_atari.read_args(), ppo_atari.note_signals())
+torch.nn.utils.clip_grad_norm_, module.ppo_update, module.ppo_loss = watch_clip, watch_update, watch_loss
+module.Run.begin_segment = lambda run: seeds.append(begin_segment(run)) or seeds[-1]
+if module.__name__ == "ppo_atari":
+    module.make_envs = lambda args, n, seed, training: probes.InFrames(probes.RewardFromActionAndObs, n)
+code = module.train(module.read_args())
 threads = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
 open(f"threads{rank}", "w").write(" ".join(threads))
+sys.exit(code)
 """
-ONE_STEP = SHORT["ppo_atari"] | {"update_epochs": 1, "num_minibatches": 1, "run_dir": "run"}
+ATARI = SHORT["ppo_atari"] | {"update_epochs": 1, "num_minibatches": 1, "total_timesteps": 96, "run_dir": "run"}
+CARTPOLE = {"num_envs": 4, "num_steps": 64, "update_epochs": 1, "total_timesteps": 768, "save_freq": 400}
+CARTPOLE |= {"norm_obs": True, "run_dir": "run"}
+SETTINGS = {"ppo_cartpole": CARTPOLE, "ppo_atari": ATARI}
 
 
-def launch(folder, settings, program="program.py", launchers=1, **environment):
-    """Start two processes, by one torchrun or by one on each of two "machines"."""
+def launch(folder, script, *settings, program="program.py", **environment):
+    """Start two processes: by one torchrun, or by one on each of two "machines" where there are settings for two."""
     (folder / "program.py").write_text(PROGRAM)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MODULE": script} | environment
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={2 // launchers}"]
-    command += [f"--nnodes={launchers}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={2 // len(settings)}"]
+    command += [f"--nnodes={len(settings)}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    pipes = PIPES | {"cwd": folder, "env": environment, "text": True, "start_new_session": True}
     return [
-        subprocess.Popen(
-            [*command, f"--node-rank={i}", program, *flags(settings)],
-            cwd=folder,
-            env=environment,
-            text=True,
-            start_new_session=True,
-            **PIPES,
-        )
-        for i in range(launchers)
+        subprocess.Popen([*command, f"--node-rank={i}", program, *flags(each)], **pipes)
+        for i, each in enumerate(settings)
     ]
+
+
+def workers(process):
+    """Process numbers of what torchrun started, in the order of their ranks."""
+    out = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return sorted(map(int, out.split()))
+
+
+def kill(process):
+    """torchrun and all that it started: each is in a session of its own."""
+    for pid in [process.pid, *workers(process)]:
+        os.killpg(pid, signal.SIGKILL)
 
 
 def finish(processes):
@@ -87,71 +92,102 @@ def finish(processes):
     finally:
         for process in processes:
             if process.poll() is None:
-                for pid in [process.pid, *workers(process)]:  # each in a session of its own
-                    os.killpg(pid, signal.SIGKILL)
+                kill(process)
     return [process.returncode for process in processes], "".join(texts)
 
 
-@pytest.mark.parametrize("launchers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_two_processes_learn_as_one(launchers, tmp_path):
-    codes, text = finish(launch(tmp_path, ONE_STEP, launchers=launchers))
-    assert codes == [0] * launchers, text
-    updates = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+def wait_for(process, there):
+    """Wait until there() is true."""
+    while not there():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def rebuild(module, args, state):
+    """The agent that a process had."""
+    envs = InFrames(RewardFromActionAndObs, 1) if module.__name__ == "ppo_atari" else module.make_envs(args, 1, 0, True)
+    agent = module.Agent(envs, args)
+    agent.load_state_dict(state)
+    return agent
+
+
+@pytest.mark.parametrize(
+    ("script", "machines"),
+    [("ppo_cartpole", 1), ("ppo_atari", 1), pytest.param("ppo_atari", 2, marks=pytest.mark.slow)],
+)
+def test_two_processes_learn_as_one(script, machines, tmp_path):
+    """Half the games each. Gradients, weights and statistics are those of one process with all of them."""
+    module, settings = SCRIPTS[script], SETTINGS[script] | {"norm_adv": False}
+    codes, text = finish(launch(tmp_path, script, *[settings] * machines))
+    assert codes == [0] * machines, text
+    args, updates = module.Args(**settings), [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert len(updates[0]) == len(updates[1]) == 3
-    args = ppo_atari.Args(**ONE_STEP)
-    assert updates[1][0]["seeds"] == [updates[0][0]["seeds"][0] + 1]  # the games that one process would play
+    seeds = [of_rank[0]["seeds"] for of_rank in updates]
+    assert seeds[1] == [seed + args.num_envs // 2 for seed in seeds[0]]  # the games that one process would play
+    assert len(set(seeds[0])) == 2
+    seen = []
     for ours, theirs in zip(*updates, strict=True):
         assert not torch.equal(ours["batch"][1], theirs["batch"][1])  # actions
-        agents = [ppo_atari.Agent(InFrames(RewardFromActionAndObs, 1), args) for _ in range(2)]
-        for agent, update in zip(agents, (ours, theirs), strict=True):
-            for parameter, saved in zip(agent.parameters(), update["before"], strict=True):
-                parameter.data.copy_(saved)
-            ppo_atari.ppo_loss(agent, update["batch"], args)[0].backward()
-        for i, (a, b) in enumerate(zip(*(agent.parameters() for agent in agents), strict=True)):
-            torch.testing.assert_close(ours["gradients"][0][i], (a.grad + b.grad) / 2, rtol=1e-3, atol=1e-6)
-        for key in ("before", "after"):
-            assert all(torch.equal(x, y) for x, y in zip(ours[key], theirs[key], strict=True))
-    assert any(not torch.equal(x, y) for x, y in zip(updates[0][0]["before"], updates[0][2]["after"], strict=True))
-    checkpoint = ppo_atari.load_checkpoint(ppo_atari.find_checkpoint(tmp_path / "run"))
-    assert checkpoint["global_step"] == 96
-    assert all(torch.equal(x, y) for x, y in zip(checkpoint["model"].values(), updates[1][2]["after"], strict=True))
-    assert [path.name for path in sorted(tmp_path.glob("run/checkpoints/*"))] == ["000000000064.pt", "000000000096.pt"]
-    games = curve(tmp_path / "run", "charts/episodic_return")
-    assert [step for step, _ in games] == list(range(1, 97))
-    assert text.count("Done.") == 1
+        for key in ("before", "gradients", "after"):
+            assert same(ours[key], theirs[key])
+        together = [torch.cat(parts) for parts in zip(ours["batch"], theirs["batch"], strict=True)]
+        agent = rebuild(module, args, ours["before"])
+        module.ppo_loss(agent, together, args)[0].backward()
+        for averaged, parameter in zip(ours["gradients"][0], agent.parameters(), strict=True):
+            torch.testing.assert_close(averaged, parameter.grad, rtol=1e-5, atol=1e-6)
+        assert any(x.abs().max() > 1e-3 for x in ours["gradients"][0])
+        if script == "ppo_cartpole" and seen:
+            mean, var = (ours["before"][f"norm_obs.{name}"] for name in ("mean", "var"))
+            torch.testing.assert_close(mean, torch.cat(seen).mean(0), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(var, torch.cat(seen).var(0, correction=0), rtol=1e-4, atol=1e-6)
+        seen.append(together[0])
+    checkpoint = module.load_checkpoint(module.find_checkpoint(tmp_path / "run"))
+    assert checkpoint["global_step"] == args.total_timesteps
+    assert same(updates[1][2]["after"], [*rebuild(module, args, checkpoint["model"]).parameters()])
+    assert not same(updates[1][0]["after"], updates[1][2]["after"])
+    assert text.count("Done:") == 1
     for rank in (0, 1):  # a thread of gloo that still frees a tensor while Python ends aborts the process
         assert "gloo" not in (tmp_path / f"threads{rank}").read_text()
 
 
 @pytest.mark.parametrize(
-    ("trouble", "code", "gradient_steps"),
-    [("approx_kl 1", 0, 1), pytest.param("value_loss nan", 1, 4, marks=pytest.mark.slow)],
+    ("script", "trouble", "code", "gradient_steps"),
+    [
+        ("ppo_cartpole", "approx_kl 1 0.7", 0, [1, 4]),
+        pytest.param("ppo_atari", "approx_kl 1 0.7", 0, [1, 4], marks=pytest.mark.slow),
+        pytest.param("ppo_atari", "value_loss nan", 1, [4], marks=pytest.mark.slow),
+    ],
 )
-def test_what_one_process_finds_all_act_on(trouble, code, gradient_steps, tmp_path):
-    """One has a KL divergence of 1, the other of almost 0: their mean decides. One NaN ends the run of both."""
-    settings = ONE_STEP | {"update_epochs": 4, "target_kl": 0.4, "total_timesteps": 32}
-    codes, text = finish(launch(tmp_path, settings, TROUBLE=trouble))
-    assert codes == [code]
+def test_what_one_process_finds_all_act_on(script, trouble, code, gradient_steps, tmp_path):
+    """One has a KL divergence of 1, then 0.7, the other of almost 0: their mean decides. One NaN ends the run of both.
+
+    However many gradient steps they take, their weights stay the same.
+    """
+    settings = SETTINGS[script] | {"update_epochs": 4, "num_minibatches": 1, "target_kl": 0.4}
+    settings["total_timesteps"] = len(gradient_steps) * settings["num_envs"] * settings["num_steps"]
+    codes, text = finish(launch(tmp_path, script, settings, TROUBLE=trouble))
+    assert codes == [code], text
     updates = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    assert [len(of_rank[0]["gradients"]) for of_rank in updates] == [gradient_steps] * 2
+    for of_rank in updates:
+        assert [len(update["gradients"]) for update in of_rank] == gradient_steps
+    assert all(same(ours["after"], theirs["after"]) for ours, theirs in zip(*updates, strict=True))
     if code:
         assert "value_loss is nan after 32 steps" in text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["torchrun", "one", "all"])
-def test_sigterm_ends_all_with_a_checkpoint(whom, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "whom"), [*(("ppo_atari", x) for x in ("torchrun", "one", "all")), ("ppo_cartpole", "one")]
+)
+def test_sigterm_ends_all_with_a_checkpoint(script, whom, tmp_path):
     """Sent to torchrun, which passes it on; to one process only; or to every one, torchrun too, as some clusters do.
 
     In the last case each gets it twice, in updates of half a second.
     """
-    settings = ONE_STEP | {"total_timesteps": 10_000_000, "save_freq": 10_000, "update_epochs": 50}
-    (process,) = launch(tmp_path, settings)
-    while not (events := list(tmp_path.glob("run/events.*"))) or events[0].stat().st_size < 3000:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    told = {"torchrun": [], "one": workers(process)[1:], "all": workers(process)}[whom]
-    for pid in told:
+    settings = SETTINGS[script] | {"total_timesteps": 10_000_000, "save_freq": 1_000_000, "update_epochs": 50}
+    (process,) = launch(tmp_path, script, settings, program=ROOT / f"{script}.py")
+    wait_for(process, lambda: any(file.stat().st_size > 3000 for file in tmp_path.glob("run/events.*")))
+    for pid in {"torchrun": [], "one": workers(process)[1:], "all": workers(process)}[whom]:
         os.kill(pid, signal.SIGTERM)
     if whom != "one":
         time.sleep(0.1)
@@ -159,52 +195,83 @@ def test_sigterm_ends_all_with_a_checkpoint(whom, tmp_path):
     codes, text = finish([process])
     assert codes != [0]
     (path,) = tmp_path.glob("run/checkpoints/*.pt")
-    step = ppo_atari.load_checkpoint(path)["global_step"]
-    assert f"Stopped after {step:,} steps. Go on: torchrun --nproc-per-node=2 ppo_atari.py --resume run" in text
+    step = SCRIPTS[script].load_checkpoint(path)["global_step"]
+    assert f"Stopped after {step:,} steps. Go on: torchrun --nproc-per-node=2 {ROOT / script}.py --resume run" in text
 
 
-def workers(process):
-    """Process numbers of what torchrun started, in the order of their ranks."""
-    out = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
-    return sorted(map(int, out.split()))
+@pytest.mark.parametrize("script", ["ppo_cartpole", pytest.param("ppo_atari", marks=pytest.mark.slow)])
+def test_a_run_that_lost_its_processes_ends_as_one_that_was_left_alone(script, tmp_path):
+    """One process dies: the run ends. All are killed: nobody says so. The same command goes on from a checkpoint."""
+    module, settings = SCRIPTS[script], SETTINGS[script] | {"total_timesteps": 20_480, "save_freq": 2_560}
+    settings |= {"total_timesteps": 640, "save_freq": 64} if script == "ppo_atari" else {}
+    start = lambda name: launch(tmp_path, script, settings | {"run_dir": name}, program=ROOT / f"{script}.py")  # noqa: E731
+    for number_of_checkpoints in (1, 3):
+        (process,) = start("killed")
+        wait_for(process, lambda n=number_of_checkpoints: len(list(tmp_path.glob("killed/checkpoints/*.pt"))) >= n)
+        if number_of_checkpoints == 1:
+            os.kill(workers(process)[1], signal.SIGKILL)
+            began = time.monotonic()
+            assert finish([process])[0] == [1]
+            assert time.monotonic() - began < 60
+        else:
+            kill(process)
+            process.communicate()
+    killed = module.load_checkpoint(module.find_checkpoint(tmp_path / "killed"))
+    assert killed["global_step"] < settings["total_timesteps"]
+    ends = []
+    for name in ("killed", "alone"):
+        codes, text = finish(start(name))
+        assert codes == [0], text
+        ends.append(module.load_checkpoint(module.find_checkpoint(tmp_path / name)))
+        assert ends[-1]["global_step"] == settings["total_timesteps"]
+    assert all(same(ends[0][key], ends[1][key]) for key in ("model", "optimizer"))
+    assert not same(killed["model"], ends[0]["model"])
 
 
-def test_a_process_that_dies_ends_the_run(tmp_path):
-    (process,) = launch(tmp_path, ONE_STEP | {"total_timesteps": 10_000_000, "save_freq": 200})
-    while not list(tmp_path.glob("run/checkpoints/*.pt")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    os.kill(workers(process)[1], signal.SIGKILL)
-    start = time.monotonic()
-    codes, _ = finish([process])
+def test_processes_with_different_flags_are_refused(tmp_path):
+    """As when the command is typed on each machine."""
+    settings = [CARTPOLE, CARTPOLE | {"learning_rate": 0.1}]
+    codes, text = finish(launch(tmp_path, "ppo_cartpole", *settings, program=ROOT / "ppo_cartpole.py"))
+    assert 0 not in codes
+    assert "torchrun's processes have different flags" in text
+    assert not list(tmp_path.glob("run/checkpoints/*.pt"))
+
+
+def test_a_second_torchrun_in_the_same_folder_ends_with_a_sentence(tmp_path):
+    """Though only one of its processes sees the lock."""
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        began = time.monotonic()
+        codes, text = finish(launch(tmp_path, "ppo_cartpole", CARTPOLE, program=ROOT / "ppo_cartpole.py"))
     assert codes == [1]
-    assert time.monotonic() - start < 60
-    ppo_atari.load_checkpoint(ppo_atari.find_checkpoint(tmp_path / "run"))
+    assert "ppo_cartpole.py: run is being written by another process" in text
+    assert time.monotonic() - began < 60
 
 
-def test_games_that_cannot_be_shared_are_refused(tmp_path):
-    command = [sys.executable, ROOT / "ppo_atari.py", "--num-envs", "8"]
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, **PIPES)
-    assert done.returncode == 2
-    assert re.fullmatch(r"ppo_atari.py: --num-envs 8 must give each of the 3 processes .*\n", done.stderr)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_minibatches_of_one_step_per_process_are_refused(tmp_path, monkeypatch, capsys):
-    """Of one advantage there is no standard deviation to normalize with."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    settings = dict(num_envs=2, num_steps=2, num_minibatches=2, cuda=False)
+@pytest.mark.parametrize(
+    ("script", "num_ranks", "settings", "reason"),
+    [
+        ("ppo_cartpole", 3, {}, "--num-envs 8 cannot be shared equally by 3 processes"),
+        ("ppo_atari", 3, {}, "--num-envs 8 cannot be shared equally by 3 processes"),
+        (
+            "ppo_atari",
+            2,
+            {"num_envs": 2, "num_steps": 2, "num_minibatches": 2},
+            "2 steps into equal parts, of 2 or more",
+        ),
+        ("dqn_atari", 2, {}, "DQN learns in one process"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(script, num_ranks, settings, reason, tmp_path, monkeypatch, capsys):
+    """Of one advantage, for instance, there is no standard deviation to normalize with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+    monkeypatch.setattr("sys.argv", ["x.py", *flags(settings)])
     with pytest.raises(SystemExit) as stop:
-        ppo_atari.train(ppo_atari.Args(run_dir=str(tmp_path / "run"), **settings))
+        SCRIPTS[script].read_args()
     assert stop.value.code == 2
-    assert "2 or more" in capsys.readouterr().err
-
-
-def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as stop:
-        ppo_atari.train(ppo_atari.Args(run_dir=str(tmp_path / "run")))
-    assert stop.value.code == 2
-    assert "--nproc-per-node" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert reason in message
+    assert message.count("\n") == 1
+    assert not list(tmp_path.iterdir())
