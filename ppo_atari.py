@@ -431,7 +431,7 @@ def check_args(args):
     if args.save_freq < min(5000 * args.num_envs, args.total_timesteps):
         length = args.save_freq // args.num_envs  # steps; a long game of Breakout has 2,000
         print(f"--save-freq {args.save_freq} cuts every game off after at most {length} steps.", file=sys.stderr)
-    find_game(args.env_id)
+    make_envs(args, 1, args.seed, training=True).close()
 
 
 # ---- The run ----

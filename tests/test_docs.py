@@ -79,8 +79,8 @@ def test_a_copy_for_other_pixels_runs(tmp_path):
     """ppo_atari.py with the block of the docs in place of its games, on what CartPole renders."""
     (block,) = re.findall(r"(?ms)^```python\n(def make_envs.*?)^```", (ROOT / "docs/copying.md").read_text())
     source = (ROOT / "ppo_atari.py").read_text()
-    games = source[source.index("class AtariGames") : source.index("# ---- Network ----")]
-    source = source.replace(games, f"{block}\n\n").replace(
+    games = source[source.index("class AtariGames") : source.index("# ---- Refusals ----")]
+    source = source.replace(games, f"{block}\n\n\n").replace(
         "import AutoresetMode", "import SyncVectorEnv, AutoresetMode"
     )
     (tmp_path / "pixels.py").write_text(source)
