@@ -69,7 +69,7 @@ RANDOM_AND_HUMAN = {
 
 def fail(message, code=1):
     """End the program with one sentence instead of a traceback. Exit code 2: wrong usage; 1: anything else."""
-    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # print would write into a progress bar
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # print would garble the progress bar
     sys.exit(code)
 
 
@@ -111,35 +111,36 @@ class Args:
 
 
 def spread_seed(*key):
-    """A seed in [0, 2**30) hashed from integers: environments count up from it, so runs 1, 2, 3 must lie far apart."""
+    """Hash integers to a seed below 2**30. Environment i gets seed + i: runs 1, 2, 3 must not share environments."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
 def list_checkpoints(run_dir):
-    """The checkpoints of a run folder, oldest first. Files that are not named by a step are not its own."""
+    """The checkpoints of a run folder, oldest first. Ignores files that are not named by a step."""
     return sorted(path for path in Path(run_dir).glob("checkpoints/*.pt") if path.stem.isdigit())
 
 
 def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
-    found = [Path(path), *list_checkpoints(path)][-1]
+    paths = list_checkpoints(path)
+    found = paths[-1] if paths else Path(path)
     if not found.is_file():
-        fail(f"{path} holds no checkpoint: name the folder of one run, or a .pt.")
+        fail(f"{path} holds no checkpoint: name the folder of one run, or a .pt file.")
     return found
 
 
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU. Runs nothing that is in the file, whoever wrote it; refuses a damaged one."""
+    """Read a checkpoint onto the CPU. Safe for untrusted files; refuses damaged ones."""
     try:
         with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums, and skips a weight marked as a folder
             if file.testzip() or any(entry.external_attr & 0x10 for entry in file.infolist()):
-                raise ValueError("a checksum is wrong")
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] > FORMAT or not {"script", "args", "global_step", "model"} <= checkpoint.keys():
-            raise ValueError("not what this version writes")
+            raise ValueError
         return checkpoint
-    except Exception as error:  # which one depends on the byte that is wrong
-        fail(f"{path} is damaged, or not a checkpoint that this version reads ({type(error).__name__}).")
+    except Exception as error:  # a damaged file can raise almost anything
+        fail(f"{path} is damaged, or no checkpoint of this version ({type(error).__name__}). Remove or avoid it.")
 
 
 def load_script(checkpoint, path, script):

@@ -14,7 +14,6 @@
 """PPO on vector observations: proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347).
 
     python ppo_cartpole.py
-    python ppo_cartpole.py --env-id Acrobot-v1
     python evaluate.py runs/<run>
 
 Measured: CartPole-v1 500.0 ± 0.0 (10 seeds, 100 greedy episodes each, 80,000 steps, 21 to 27 s on two CPU cores).
@@ -22,10 +21,10 @@ Measured: CartPole-v1 500.0 ± 0.0 (10 seeds, 100 greedy episodes each, 80,000 s
 For any Gymnasium environment with vector observations and discrete actions. --env-id my_module:MyEnv-v0 is one of your
 own, registered by my_module.py beside this file.
 
-Not in the paper, but in openai/baselines: orthogonal initialization, Adam's epsilon of 1e-5, advantages normalized per
-minibatch, and gradients clipped to a global norm. In neither: a truncated episode (CartPole's 500 steps are up) is not
-treated as terminated, its last observation is bootstrapped. Hyperparameters started from rl-baselines3-zoo's for
-CartPole; twice their learning rate learns faster, and --target-kl keeps one run in twenty from collapsing near the end.
+openai/baselines adds to the paper, and so does this file: orthogonal initialization, Adam's epsilon of 1e-5,
+advantages normalized per minibatch, gradients clipped to a global norm. Unlike in either, an episode that is truncated
+(at CartPole's 500 steps) is not treated as terminated: its last observation is bootstrapped. Hyperparameters are based
+on rl-baselines3-zoo's; twice the learning rate learns faster, --target-kl avoids a collapse in one run of twenty.
 """
 
 import dataclasses
@@ -59,16 +58,16 @@ class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium id with vector observations and discrete actions
     total_timesteps: int = 80_000  # steps over all environments, rounded up to whole rollouts
     learning_rate: float = 2e-3  # Adam's step size; larger learns faster until it diverges
-    anneal_lr: bool = True  # lower the learning rate linearly, to 0 at the end
-    num_envs: int = 8  # environments played side by side; more: less correlated batches
-    num_steps: int = 32  # steps per environment between updates (T); longer: less bootstrapping, fewer updates
+    anneal_lr: bool = True  # lower the learning rate linearly to 0 at the end
+    num_envs: int = 8  # environments played side by side; more environments decorrelate the batch
+    num_steps: int = 32  # steps of each environment between updates (T); longer rollouts bootstrap less
     gamma: float = 0.98  # discount per step; nearer to 1 looks further ahead
-    gae_lambda: float = 0.8  # 0: advantages trust the value function (biased); 1: the rewards alone (noisy)
-    num_minibatches: int = 1  # parts a rollout is cut into; more parts: more and noisier gradient steps
-    update_epochs: int = 20  # passes over a rollout; more extract more from each sample but overfit sooner
+    gae_lambda: float = 0.8  # lower trusts the value function more (biased), higher the rewards (noisy)
+    num_minibatches: int = 1  # parts a rollout is cut into; more parts give more and noisier gradient steps
+    update_epochs: int = 20  # passes over a rollout; more learn more from each sample but overfit sooner
     norm_adv: bool = True  # normalize advantages to mean 0 and std 1 in each minibatch
-    clip_coef: float = 0.2  # how far one update may move a probability ratio from 1
-    clip_vloss: bool = False  # also clip how far one update may move a value, by clip_coef
+    clip_coef: float = 0.2  # a probability ratio farther than this from 1 is pushed no further
+    clip_vloss: bool = False  # clip the value loss likewise: no reward for moving a value further than clip_coef
     ent_coef: float = 0.0  # weight of the entropy bonus; larger explores longer
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients with a larger global L2 norm are scaled down to this
@@ -76,11 +75,11 @@ class Args:
     norm_obs: bool = False  # normalize observations by a running mean and variance
 
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
-    seed: int = 1  # of every random choice; on a CPU with as many threads, equal seeds give bit-identical runs
-    run_dir: str | None = None  # folder of this run; None: runs/{env_id}__{exp_name}__{seed}__{unix time}
-    save_freq: int = 20_000  # steps between checkpoints; each ends the episodes in progress, so keep them rare
+    seed: int = 1  # random seed; on a CPU, the same seed and number of threads repeat a run bit for bit
+    run_dir: str | None = None  # run folder: the same command again continues there; None: a new one in runs/
+    save_freq: int = 20_000  # steps between checkpoints; all episodes start anew after each (see begin_segment)
     resume: str | None = None  # run folder or checkpoint to resume; flags you pass override the saved ones
-    cuda: bool = False  # train on the GPU; without one, on the CPU
+    cuda: bool = False  # use the GPU if there is one
     torch_deterministic: bool = True  # only deterministic cuDNN kernels; off may be faster
     track: bool = False  # also log to Weights & Biases (pip install wandb)
     wandb_project_name: str = "single-file-rl"  # W&B project
@@ -115,9 +114,9 @@ class RunningNorm(nn.Module):
         return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
 
-def layer_init(layer, std=2**0.5):
-    """Orthogonal weights scaled by `std`, zero bias (Saxe et al. 2014): signals keep their size from layer to layer."""
-    nn.init.orthogonal_(layer.weight, std)
+def layer_init(layer, gain=2**0.5):
+    """Orthogonal weights times `gain`, zero bias (Saxe et al. 2014): signals keep their size from layer to layer."""
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -134,14 +133,14 @@ class Agent(nn.Module):
             nn.Tanh(),
             layer_init(nn.Linear(64, 64)),
             nn.Tanh(),
-            layer_init(nn.Linear(64, num_actions), std=0.01),  # all actions equally likely at first
+            layer_init(nn.Linear(64, num_actions), gain=0.01),  # near-uniform at first
         )
         self.critic = nn.Sequential(
             layer_init(nn.Linear(size, 64)),
             nn.Tanh(),
             layer_init(nn.Linear(64, 64)),
             nn.Tanh(),
-            layer_init(nn.Linear(64, 1), std=1.0),
+            layer_init(nn.Linear(64, 1), gain=1.0),
         )
 
     def forward(self, obs):
@@ -171,7 +170,7 @@ def sample(logits):
 
 
 class Rollout:
-    """T steps of N environments, preallocated. Row t holds an observation, the action taken, and what came of it."""
+    """T steps of N environments, preallocated. Row t holds an observation, the action taken, and its outcome."""
 
     def __init__(self, num_steps, envs, device):
         T, N, space = num_steps, envs.num_envs, envs.single_observation_space
@@ -183,7 +182,7 @@ class Rollout:
         self.rewards = torch.zeros((T, N), device=device)
         self.terminated = torch.zeros((T, N), dtype=torch.bool, device=device)  # no future after this step
         self.truncated = torch.zeros((T, N), dtype=torch.bool, device=device)  # cut off, though there was a future
-        self.final_values = torch.zeros((T, N), device=device)  # value of that future; only read where truncated
+        self.final_values = torch.zeros((T, N), device=device)  # value of the final observation; valid where truncated
 
     def flatten(self, advantages, returns):
         """The batch for an update: obs, actions, logprobs, values, advantages, returns, each (B, ...)."""
@@ -197,14 +196,15 @@ class Rollout:
 def compute_gae(rewards, values, next_values, terminated, ended, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16). All (T, N); returns advantages, returns.
 
-    next_values[t]: value of the state that step t reached; of the final state if truncated; ignored if terminated.
-    ended: terminated or truncated. The λ-sum stops at either, but only a terminated episode has no future.
+    next_values[t] is the value of what followed step t: of the final observation where the episode was truncated. It is
+    ignored where terminated: only then there is no future. `ended` is either; the λ-sum stops there.
     """
     advantages = torch.empty_like(rewards)
-    following = torch.zeros_like(rewards[0])  # advantage of the step after t, (N,)
+    next_advantage = torch.zeros_like(rewards[0])  # (N,)
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * next_values[t] * ~terminated[t] - values[t]
-        advantages[t] = following = delta + gamma * gae_lambda * following * ~ended[t]
+        next_advantage = delta + gamma * gae_lambda * next_advantage * ~ended[t]
+        advantages[t] = next_advantage
     return advantages, advantages + values
 
 
@@ -225,7 +225,7 @@ def ppo_loss(agent, minibatch, args):
     policy_loss = -torch.min(ratio * mb_advantages, clipped_ratio * mb_advantages).mean()
 
     value_loss = (new_values - mb_returns) ** 2
-    if args.clip_vloss:  # the larger error: no gradient once a value has moved clip_coef toward its return
+    if args.clip_vloss:  # the larger error: a value that moved clip_coef toward its return gets no further gradient
         clipped_values = mb_values + (new_values - mb_values).clamp(-args.clip_coef, args.clip_coef)
         value_loss = torch.max(value_loss, (clipped_values - mb_returns) ** 2)
     value_loss = 0.5 * value_loss.mean()
@@ -244,32 +244,32 @@ def ppo_loss(agent, minibatch, args):
 
 
 def ppo_update(agent, optimizer, batch, args):
-    """Epochs of minibatch steps on `batch` from Rollout.flatten. Returns each metric's mean over all steps."""
+    """Take minibatch steps on `batch` from Rollout.flatten. Returns each metric's mean over all gradient steps."""
     batch_size, device = len(batch[0]), batch[0].device
-    steps = []  # metrics of each gradient step, left on the device: reading them here would wait for it every time
+    history = []  # metrics of each gradient step, kept on the device: reading them here would wait for it every time
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
-            minibatch = [x.index_select(0, mb_inds) for x in batch]  # x[mb_inds] takes 10 times as long for frames
+            minibatch = [x.index_select(0, mb_inds) for x in batch]  # 10 times as fast as x[mb_inds] for frames
             loss, metrics = ppo_loss(agent, minibatch, args)
             optimizer.zero_grad()
             loss.backward()
-            average_over_ranks([p.grad for p in agent.parameters()])  # for torchrun; with one process, nothing happens
+            average_over_ranks([p.grad for p in agent.parameters()])  # does nothing without torchrun
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # before clipping
             optimizer.step()
-            steps.append(metrics)
+            history.append(metrics)
         if args.target_kl is not None:
-            kl = torch.stack([metrics["approx_kl"] for metrics in steps[-args.num_minibatches :]]).mean()
+            kl = torch.stack([metrics["approx_kl"] for metrics in history[-args.num_minibatches :]]).mean()
             average_over_ranks([kl])
             if kl > args.target_kl:
                 break
-    return {name: torch.stack([metrics[name] for metrics in steps]).mean() for name in steps[0]}
+    return {name: torch.stack([metrics[name] for metrics in history]).mean() for name in history[0]}
 
 
 # ---- Training ----
 
 
 def train(args):
-    """Train as `args` say, to the end or until Ctrl-C. Returns the exit code."""
+    """Train to --total-timesteps, or until Ctrl-C. Returns the exit code."""
     torch.set_num_threads(1)  # layers this small gain little from a second core, which another run can use
     run = Run(args)
     envs = make_envs(args, run.num_envs, args.seed, training=True)
@@ -279,10 +279,11 @@ def train(args):
     run.start(model=agent, optimizer=optimizer)
 
     while not run.finished():
-        # A segment: new episodes from one seed, up to the next checkpoint
-        obs, _ = envs.reset(seed=run.begin_segment())  # (N, size)
+        # A segment: from one checkpoint to the next, with new episodes and a seed of its own
+        seed = run.begin_segment()
+        obs, _ = envs.reset(seed=seed)  # (N, size)
         while not run.segment_over():
-            # Anneal: linear, to 0 at --total-timesteps
+            # Anneal: linearly to 0 at --total-timesteps
             fraction_left = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = args.learning_rate * fraction_left
 
@@ -298,7 +299,7 @@ def train(args):
                     rollout.rewards[t] = torch.as_tensor(rewards)
                     rollout.terminated[t] = torch.as_tensor(terminated)
                     rollout.truncated[t] = torch.as_tensor(truncated)
-                    if truncated.any():  # `obs` is already the next episode's
+                    if truncated.any():  # `obs` already belongs to the next episode
                         final_obs = torch.as_tensor(np.stack(infos["final_obs"][truncated]), device=run.device)
                         rollout.final_values[t, torch.as_tensor(truncated)] = agent(final_obs)[1]
 
@@ -329,15 +330,13 @@ def train(args):
 
 
 def spread_seed(*key):
-    """A seed in [0, 2**30) hashed from integers: environments count up from it, so runs 1, 2, 3 must lie far apart."""
+    """Hash integers to a seed below 2**30. Environment i gets seed + i: runs 1, 2, 3 must not share environments."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
 def make_envs(args, num_envs, seed, training, render=False):
-    """`num_envs` seeded copies of --env-id in one vector environment; an episode that ends restarts on the same step.
-
-    On such a step obs is the first of the new episode; the last of the old one is in infos["final_obs"].
-    `training` changes nothing: these environments are trained on and scored as they are.
+    """`num_envs` seeded copies of --env-id, for training and scoring alike. An episode that ends restarts on the same
+    step: obs is then the first of the new one, and infos["final_obs"] has the last of the old one.
     """
     render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment knows the word
     makers = [lambda: gym.make(args.env_id, **render_mode)] * num_envs
@@ -360,12 +359,12 @@ def make_envs(args, num_envs, seed, training, render=False):
 
 def fail(message, code=1):
     """End the program with one sentence instead of a traceback. Exit code 2: wrong usage; 1: anything else."""
-    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # print would write into a progress bar
+    tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # print would garble the progress bar
     sys.exit(code)
 
 
 def check_numbers(args, names, low, high=math.inf):
-    """Refuse flags (named in one string) that are not between `low` and `high`, or not finite. None passes."""
+    """Refuse flags (their names in one string) outside of [low, high], and NaN. None is allowed."""
     for name in names.split():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is not None and not (low <= value <= high and math.isfinite(value)):
@@ -384,50 +383,47 @@ def check_args(args):
     if args.num_envs % num_ranks:
         fail(f"--num-envs {args.num_envs} cannot be shared equally by {num_ranks} processes.", code=2)
     if batch_size % parts or (args.norm_adv and batch_size == parts):
-        fail(f"--num-minibatches {parts} must cut {batch_size} steps into equal parts, of 2 or more.", code=2)
-    if args.total_timesteps < batch_size * num_ranks:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {batch_size * num_ranks}.", code=2)
+        least = "2 or more steps, for --norm-adv" if args.norm_adv else "1 or more steps"
+        fail(f"--num-minibatches {parts} must cut a rollout of {batch_size} steps into parts of {least}.", code=2)
     make_envs(args, 1, args.seed, training=True).close()
 
 
 # ---- The run ----
-# What keeps a run alive, the same in every script. Nothing below is about learning.
+# What keeps a run alive: processes, folder, checkpoints, curves, signals. The same in every script.
 
-FORMAT = 2  # of a checkpoint; evaluate.py plays those of format 1 too, --resume does not take them
+FORMAT = 2  # of a checkpoint; format 1, which knew no segments, can be scored but not resumed
 
 
 class Run:
     """One training run: its processes, folder, checkpoints, curves and progress bar, and what Ctrl-C does."""
 
     def __init__(self, args):
-        """Join the other processes, lock the run folder, find the checkpoint to go on from, seed the first weights."""
+        """Lock the run folder, find the checkpoint to continue from, join the other processes, seed the weights."""
         self.args = args
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
         self.folder = Path(args.run_dir or f"runs/{name}")
         self.rank, self.num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.num_envs = args.num_envs // self.num_ranks  # of this process
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        self.stop_signal, self.stopped, self.saved = 0, False, True
-        self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)
+        self.stop_signal, self.stopped = 0, False
+        self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)  # curves, and what they wait for
         torch.backends.cudnn.deterministic = args.torch_deterministic
+        self.checkpoint = self.open_folder() if self.rank == 0 else None
         if self.num_ranks > 1:
-            importlib.import_module("torch._dynamo")  # Adam does, too; after the next line it would keep gloo's threads
+            importlib.import_module("torch._dynamo")  # imported after init_process_group, it can abort Python's exit
             torch.distributed.init_process_group()  # NCCL between GPUs, gloo between CPUs
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        found = [dataclasses.asdict(args), self.open_folder() if self.rank == 0 else None]
-        if self.num_ranks > 1:  # all must go on from the same checkpoint
+            found = [self.checkpoint, self.folder, dataclasses.asdict(args)]  # all must start from the same
             torch.distributed.broadcast_object_list(found)
-            if found[0] != dataclasses.asdict(args):
+            self.checkpoint, self.folder, flags = found
+            if flags != dataclasses.asdict(args):
                 fail("torchrun's processes have different flags, or do not see the same run folder.", code=2)
-        self.checkpoint = found[1]
         self.global_step = self.first_step = self.checkpoint["global_step"] if self.checkpoint else 0
-        torch.manual_seed(args.seed)  # the same first weights in all processes
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request_stop)
+        torch.manual_seed(args.seed)  # the same initial weights in all processes
 
     def open_folder(self):
-        """Make the run folder and lock it. Returns the checkpoint to go on from, None to start afresh."""
+        """Make the run folder and lock it. Returns the checkpoint to continue from, None to start afresh."""
         args = self.args
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -437,31 +433,34 @@ class Run:
         try:
             import fcntl
 
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError:
             fail(f"{self.folder} is being written by another process: wait for it, or name another --run-dir.")
-        except (ImportError, OSError) as error:  # on Windows; on a file system without locks
-            print(f"{self.folder} cannot be locked ({error}): start no second run in it.", file=sys.stderr)
-        held = list_checkpoints(self.folder)
-        if not held:
+        except (ImportError, OSError) as error:  # Windows; a file system without locks
+            print(f"{self.folder} cannot be locked ({error}): do not start a second run in it.", file=sys.stderr)
+        paths = list_checkpoints(self.folder)
+        if not paths:
             return None if args.resume is None else load_checkpoint(find_checkpoint(args.resume))
-        newest = load_checkpoint(held[-1])
-        if args.resume is not None and Path(args.resume).resolve() in (self.folder.resolve(), held[-1].resolve()):
-            self.args = dataclasses.replace(args, resume=newest["args"]["resume"])  # what the run itself began from
-        elif newest["args"] | {"run_dir": args.run_dir} != dataclasses.asdict(args):
-            other = f"{self.folder} holds a run with other flags, or a later checkpoint ({held[-1].name})"
-            fail(f"{other}: go on with --resume {self.folder}, or name another --run-dir.", code=2)
+        newest = load_checkpoint(paths[-1])
+        if args.resume is not None and Path(args.resume).resolve() in (self.folder.resolve(), paths[-1].resolve()):
+            self.args = dataclasses.replace(args, resume=newest["args"]["resume"])  # as the run was started
+        flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}
+        changed = [f"--{x.replace('_', '-')}" for x in flags if flags[x] != newest["args"].get(x)]
+        if self.args is args and changed:
+            what = f"{self.folder} holds checkpoints up to {paths[-1].name}, of a run with another {', '.join(changed)}"
+            fail(f"{what}: continue it with --resume {self.folder}, or name another --run-dir.", code=2)
         return newest
 
     def start(self, **state):
         """Restore `state` (objects with a state_dict, by name) from the checkpoint, open the curves, say what runs."""
         self.state, self.start_time = state, time.monotonic()
         try:
-            for name, x in state.items() if self.checkpoint else ():
-                x.load_state_dict(self.checkpoint[name])
+            for name, x in state.items():
+                if self.checkpoint:
+                    x.load_state_dict(self.checkpoint[name])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its run folder did.")
+            fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its run folder fits.")
         args, running = self.args, self.rank == 0 and not self.finished()
         if running:
             (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
@@ -470,30 +469,30 @@ class Run:
                 import wandb
 
                 track = dict(project=args.wandb_project_name, entity=args.wandb_entity, config=dataclasses.asdict(args))
-                id_file = self.folder / "wandb_id"  # a resumed run goes on in the same curves
+                id_file = self.folder / "wandb_id"  # a resumed run continues its curves
                 run_id = id_file.read_text() if id_file.exists() else None
                 wandb.init(**track, name=self.folder.name, id=run_id, resume="allow", sync_tensorboard=True)
                 id_file.write_text(wandb.run.id)
-            # Points logged after the checkpoint will be logged again: hide the old ones.
-            self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1)
-            where = "the CPU (no GPU found)" if args.cuda else "the CPU"
-            where = torch.cuda.get_device_name() if self.device.type == "cuda" else where
+            self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1)  # hide points to be logged again
+            cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
+            where = torch.cuda.get_device_name() if self.device.type == "cuda" else cpu
             where += f", {self.num_ranks} processes" if self.num_ranks > 1 else ""
             what = f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}"
             print(f"{what}, steps {self.global_step:,} to {args.total_timesteps:,}, in {self.folder}", flush=True)
         bar = dict(total=args.total_timesteps, initial=self.global_step, unit=" steps", unit_scale=True)
         self.bar = tqdm(**bar, mininterval=0.5 if sys.stderr.isatty() else 10, disable=not running)  # seconds
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request_stop)
 
     def finished(self):
-        """Whether --total-timesteps are done, or somebody asked to stop."""
+        """Whether --total-timesteps is reached, or a stop was requested."""
         return self.stopped or self.global_step >= self.args.total_timesteps
 
     def begin_segment(self):
-        """Draw all randomness up to the next checkpoint from --seed and the step. Returns the environments' seed.
+        """Reseed everything random from --seed and the step. Returns the seed for the environments.
 
-        So a run that was killed and started again does what it would have done: on the CPU it ends with the same
-        weights, bit for bit. A checkpoint made for Ctrl-C loses nothing, but begins a segment where none would have
-        begun: resumed from it, the run is another, equally good one.
+        So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit. A run stopped by Ctrl-C
+        loses nothing, but a segment begins where none would have: it continues on another path, as good as any.
         """
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
@@ -503,23 +502,23 @@ class Run:
         return seed
 
     def segment_over(self):
-        """Whether it is time to save: by --save-freq, at the end, or because somebody asked to stop."""
+        """Whether it is time to save: --save-freq or the end is reached, or a stop was requested."""
         return self.stopped or self.global_step >= self.segment_end
 
     def request_stop(self, number, frame):
-        """Ctrl-C or SIGTERM: finish the update in progress, save, end. A second one ends the program at once."""
+        """Ctrl-C or SIGTERM: finish the update in progress, save, stop."""
         self.stop_signal = number
-        if self.num_ranks == 1:  # several processes decide together, in log(), and get each Ctrl-C twice
+        if self.num_ranks == 1:  # several processes decide together, in log(); torchrun gives them each Ctrl-C twice
             self.stopped = True
-            signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nStopping: the update in progress is finished and saved first.\n")  # print may be in use
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+        os.write(2, b"\nStopping after this update, which will be saved.\n")  # print is not reentrant
 
     def record_step(self, rewards, ended):
-        """Count one step of every environment. rewards: (N,), as scored; ended: (N,), where it ended an episode."""
+        """Count one step of every environment. rewards: (N,), unclipped; ended: (N,), where an episode ended."""
         self.returns += rewards
         self.lengths += 1
         for i in np.flatnonzero(ended):
-            step = self.global_step + int(i) + 1  # each has its own, so that episodes that end together all show
+            step = self.global_step + int(i) + 1  # TensorBoard shows one point per step: episodes must not share one
             self.points.append(("charts/episodic_return", self.returns[i], step))
             self.points.append(("charts/episodic_length", self.lengths[i], step))
             self.recent_returns.append(self.returns[i])
@@ -529,11 +528,11 @@ class Run:
     def log(self, metrics, **charts):
         """Write curves and progress. metrics: scalar tensors by name, which must be finite; charts: numbers by name."""
         average_over_ranks(list(metrics.values()))
-        if self.num_ranks > 1:  # a process that stopped alone would leave the others waiting
+        if self.num_ranks > 1:  # stop together: a process that stopped alone would leave the others waiting
             stop = torch.tensor([float(self.stop_signal > 0)], device=self.device)
             average_over_ranks([stop])
             self.stopped = stop.item() > 0
-        values = torch.stack(list(metrics.values())).tolist() if metrics else []  # the update's only wait for a GPU
+        values = torch.stack(list(metrics.values())).tolist() if metrics else []  # one wait for the GPU, not one each
         for name, value in zip(metrics, values, strict=True):
             if not math.isfinite(value):
                 self.give_up(f"{name} is {value}")
@@ -541,26 +540,27 @@ class Run:
         charts["SPS"] = (self.global_step - self.first_step) / (time.monotonic() - self.start_time)
         self.points += [(f"charts/{name}", value, self.global_step) for name, value in charts.items()]
         try:
-            for point in self.points if self.writer else ():
-                self.writer.add_scalar(*point)
             if self.writer:
+                for point in self.points:
+                    self.writer.add_scalar(*point)
                 self.writer.flush()
         except Exception as error:  # an OSError or, where TensorFlow is installed, one of its own
-            tqdm.write(f"the curves end here, the run goes on: {error}", file=sys.stderr)
-            self.writer = None  # it would fail at every later point, too
+            tqdm.write(f"no more curves, training continues: {error}", file=sys.stderr)
+            self.writer = None  # once failed, it fails at every later point
         self.points.clear()
         if self.recent_returns:
             self.bar.set_postfix_str(f"return {np.mean(self.recent_returns):.1f}", refresh=False)
         self.bar.update(min(self.global_step, self.args.total_timesteps) - self.bar.n)
 
     def save(self):
-        """Write all that --resume and evaluate.py need to checkpoints/{global_step}.pt; whole, or not at all."""
+        """Write checkpoints/{global_step}.pt, with all that --resume and evaluate.py need. It appears whole or not."""
         if not torch.stack([x.isfinite().all() for x in self.state["model"].state_dict().values()]).all():
             self.give_up("a weight is not finite")
         if self.rank > 0:
             return
         versions = {"torch": str(torch.__version__), "gymnasium": gym.__version__, "numpy": np.__version__}
         path = self.folder / "checkpoints" / f"{self.global_step:012d}.pt"
+        unfinished = path.with_name("unfinished.tmp")
         try:
             checkpoint = {
                 "format": FORMAT,
@@ -570,35 +570,34 @@ class Run:
                 "versions": versions | {"threads": torch.get_num_threads()},
                 **{name: x.state_dict() for name, x in self.state.items()},
             }
-            with open(path.with_name("unfinished.tmp"), "wb") as file:
+            with open(unfinished, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
-                os.fsync(file.fileno())  # else the new name could reach the disk before what it names
-            path.with_name("unfinished.tmp").replace(path)
-        except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of some
-            tqdm.write(f"{path} could not be written, the run goes on: {error}", file=sys.stderr)
-        self.saved = path.exists()
+                os.fsync(file.fileno())  # or the new name may reach the disk before the data
+            unfinished.replace(path)
+        except (OSError, RuntimeError) as error:  # torch.save wraps some OSErrors
+            tqdm.write(f"{path} could not be written, training continues: {error}", file=sys.stderr)
 
     def give_up(self, reason):
-        """End the program without saving. With several processes, all come here."""
+        """End the program without saving. Several processes all get here."""
         self.bar.close()
-        held = list_checkpoints(self.folder)
-        newest = f"go on from {held[-1]} with --resume" if held else "begin anew"
-        fail(f"{reason} after {self.global_step:,} steps: {newest} and a smaller --learning-rate.")
+        paths = list_checkpoints(self.folder)
+        advice = f"continue from {paths[-1]} with --resume and" if paths else "start again with"
+        fail(f"{reason} after {self.global_step:,} steps: {advice} a smaller --learning-rate.")
 
     def end(self):
-        """Say what to do next. Returns the exit code."""
+        """Say what to do next. Returns the exit code: 0 if finished, 128 + the signal if stopped."""
         self.bar.close()
         launch = f"torchrun --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}" if self.num_ranks > 1 else "python"
         if self.num_ranks > 1:
             torch.distributed.destroy_process_group()
         code, message = 0, f"Done: {self.folder} is finished. Score it: python evaluate.py {self.folder}"
         if self.global_step < self.args.total_timesteps:
-            message = f"Stopped after {self.global_step:,} steps. Go on: {launch} {sys.argv[0]} --resume {self.folder}"
-            code = 128 + (self.stop_signal or signal.SIGTERM)
-        if not self.saved:
-            fail(f"the last checkpoint could not be written; --resume {self.folder} goes on from the newest that was.")
+            message = f"Stopped at step {self.global_step:,}. Continue: {launch} {sys.argv[0]} --resume {self.folder}"
+            code = 128 + (self.stop_signal or signal.SIGTERM)  # another process may have got the signal
         if self.rank == 0:
+            if not (self.folder / "checkpoints" / f"{self.global_step:012d}.pt").exists():
+                fail(f"the last checkpoint could not be written: --resume {self.folder} continues from an earlier one.")
             self.lock.close()
             print(message)
         return code
@@ -607,47 +606,49 @@ class Run:
 def average_over_ranks(tensors):
     """Replace each tensor by its mean over the processes that torchrun started. With one process, do nothing."""
     if torch.distributed.is_initialized():
-        mean = torch.cat([x.flatten() for x in tensors]) / torch.distributed.get_world_size()
-        torch.distributed.all_reduce(mean)  # the sum of the shares
-        for x, part in zip(tensors, mean.split([x.numel() for x in tensors]), strict=True):
-            x.copy_(part.view_as(x))
+        total = torch.cat([x.flatten() for x in tensors])
+        torch.distributed.all_reduce(total)
+        means = (total / torch.distributed.get_world_size()).split([x.numel() for x in tensors])
+        for x, mean in zip(tensors, means, strict=True):
+            x.copy_(mean.view_as(x))
 
 
 def list_checkpoints(run_dir):
-    """The checkpoints of a run folder, oldest first. Files that are not named by a step are not its own."""
+    """The checkpoints of a run folder, oldest first. Ignores files that are not named by a step."""
     return sorted(path for path in Path(run_dir).glob("checkpoints/*.pt") if path.stem.isdigit())
 
 
 def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
-    found = [Path(path), *list_checkpoints(path)][-1]
+    paths = list_checkpoints(path)
+    found = paths[-1] if paths else Path(path)
     if not found.is_file():
-        fail(f"{path} holds no checkpoint: name the folder of one run, or a .pt.")
+        fail(f"{path} holds no checkpoint: name the folder of one run, or a .pt file.")
     return found
 
 
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU. Runs nothing that is in the file, whoever wrote it; refuses a damaged one."""
+    """Read a checkpoint onto the CPU. Safe for untrusted files; refuses damaged ones."""
     try:
         with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums, and skips a weight marked as a folder
             if file.testzip() or any(entry.external_attr & 0x10 for entry in file.infolist()):
-                raise ValueError("a checksum is wrong")
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] > FORMAT or not {"script", "args", "global_step", "model"} <= checkpoint.keys():
-            raise ValueError("not what this version writes")
+            raise ValueError
         return checkpoint
-    except Exception as error:  # which one depends on the byte that is wrong
-        fail(f"{path} is damaged, or not a checkpoint that this version reads ({type(error).__name__}).")
+    except Exception as error:  # a damaged file can raise almost anything
+        fail(f"{path} is damaged, or no checkpoint of this version ({type(error).__name__}). Remove or avoid it.")
 
 
 def read_args():
     """Args from the command line. With --resume, flags that are not given are those of the run."""
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__)  # first to see --resume, then with the run's flags as defaults
     if args.resume is not None:
         path = find_checkpoint(args.resume)
         checkpoint = load_checkpoint(path)
         if checkpoint["format"] < FORMAT or "optimizer" not in checkpoint:
-            fail(f"{path} cannot be resumed: it is a policy alone, or of an earlier version. evaluate.py plays it.")
+            fail(f"{path} can only be scored: it holds a policy alone, or was written by an earlier version.")
         run_dir = str(path.parents[1]) if path.parent.name == "checkpoints" else None
         try:
             saved = Args(**checkpoint["args"] | {"run_dir": run_dir})
@@ -655,7 +656,7 @@ def read_args():
             fail(f"{path} was written by {checkpoint['script']}.py, whose flags are not those of this script.")
         args = tyro.cli(Args, description=__doc__, default=saved)
         if args.env_id != saved.env_id:
-            fail(f"--env-id {args.env_id} cannot go on from a checkpoint of {saved.env_id}.", code=2)
+            fail(f"--env-id {args.env_id} does not match the checkpoint's {saved.env_id}.", code=2)
     check_args(args)
     return args
 
@@ -663,7 +664,7 @@ def read_args():
 if __name__ == "__main__":
     try:
         sys.exit(train(read_args()))
-    except (MemoryError, RuntimeError) as error:  # PyTorch raises kinds of its own
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        fail(f"not enough memory; fewer --num-envs need less. {str(error).splitlines()[0]}")
+        fail(f"not enough memory, lower --num-envs for example: {' '.join(str(error).split())[:160]}")

@@ -223,7 +223,6 @@ PPO = {
     "--gae-lambda -0.1": "--gae-lambda",
     "--num-minibatches 3": "--num-minibatches 3",
     "--num-envs 2 --num-steps 4 --num-minibatches 8": "2 or more",
-    "--total-timesteps 10": "rollout",
 }
 DQN = {
     "--train-frequency 0": "--train-frequency",
