@@ -235,7 +235,7 @@ class ReplayBuffer:
         return sizes | position | {"final_frames": final_frames}
 
     def load_state_dict(self, state):
-        """Go on with a checkpoint's rows. If their file is gone, the buffer stays empty and is filled anew."""
+        """Continue with a checkpoint's rows. If their file is gone, the buffer stays empty and is filled anew."""
         end = state["num_rows"] * state["num_envs"] * self.fields.itemsize + 8
         if not self.path.is_file() or np.fromfile(self.path, np.int64, offset=end).tolist() != [state["identity"]]:
             return
@@ -322,13 +322,13 @@ def train(args):
             buffer.add(actions, rewards, terminated | infos["life_lost"], terminated | truncated, final_obs, obs)
 
             # Learn, as often per step as with a single game
-            played = range(run.global_step - args.num_envs + 1, run.global_step + 1)
-            for step in played if buffer.filled * args.num_envs >= args.learning_starts else ():
-                if step % args.train_frequency == 0:
-                    batch = [x.to(run.device) for x in buffer.sample(args.batch_size)]
-                    history.append(dqn_update(agent, target_agent, optimizer, batch, args.gamma))
-                if step % args.target_network_frequency == 0:
-                    update_target(target_agent, agent, args.tau)
+            if buffer.filled * args.num_envs >= args.learning_starts:
+                for step in range(run.global_step - args.num_envs + 1, run.global_step + 1):
+                    if step % args.train_frequency == 0:
+                        batch = [x.to(run.device) for x in buffer.sample(args.batch_size)]
+                        history.append(dqn_update(agent, target_agent, optimizer, batch, args.gamma))
+                    if step % args.target_network_frequency == 0:
+                        update_target(target_agent, agent, args.tau)
 
             # Log
             if run.global_step % 1000 < args.num_envs or run.segment_over():

@@ -162,48 +162,30 @@ def test_gradients_are_clipped_to_a_global_norm():
     assert change.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def train_on_probe(name, tmp_path, **overrides):
-    """Train ppo_cartpole.py on a probe; its values and greedy actions at observations -1, 0 and 1."""
-    settings = dict(num_steps=16, gamma=0.9, gae_lambda=0.9, learning_rate=5e-3, total_timesteps=5120, update_epochs=10)
-    agent = reload(ppo_cartpole, train(ppo_cartpole, tmp_path, env_id=PROBES[name], **settings | overrides))[1]
-    obs = torch.tensor([[-1.0], [0.0], [1.0]])
-    return agent(obs)[1].tolist(), agent.act(obs, greedy=True).tolist()
-
-
-def test_probe_constant_reward(tmp_path):
-    values, _ = train_on_probe("ConstantReward", tmp_path)
-    assert values[2] == pytest.approx(1, abs=0.05)
-
-
-def test_probe_value_depends_on_the_observation(tmp_path):
-    values, _ = train_on_probe("RewardFromObs", tmp_path)
-    assert (values[0], values[2]) == (pytest.approx(-1, abs=0.1), pytest.approx(1, abs=0.1))
-    explained = [value for _, value in curve(tmp_path / "run", "losses/explained_variance")]
-    assert explained[0] < 0.5
-    assert explained[-1] > 0.95
-
-
-def test_probe_value_is_discounted(tmp_path):
-    values, _ = train_on_probe("DelayedReward", tmp_path)
-    assert (values[1], values[2]) == (pytest.approx(0.9, abs=0.05), pytest.approx(1, abs=0.05))
-
-
-def test_probe_action(tmp_path):
-    _, actions = train_on_probe("RewardFromAction", tmp_path)
-    assert actions[2] == 1
-
-
-def test_probe_action_depends_on_the_observation(tmp_path):
-    values, actions = train_on_probe("RewardFromActionAndObs", tmp_path)
-    assert (actions[0], actions[2]) == (0, 1)
-    assert values[0] > 0.8
-    assert values[2] > 0.8
-
-
-def test_probe_truncation_is_not_termination(tmp_path):
-    values, _ = train_on_probe("TruncatedEndless", tmp_path, gamma=0.8)
-    assert values[2] == pytest.approx(5, abs=0.3)  # 1 / (1 - 0.8); lower by far where the cut is taken for an end,
-    assert values[0] == pytest.approx(-1, abs=0.3)  # or where the next episode's first observation follows it
+@pytest.mark.parametrize(
+    ("name", "values", "actions", "tolerance"),  # by what is observed: -1, 0 or 1
+    [
+        ("ConstantReward", {1: 1}, {}, 0.05),
+        ("RewardFromObs", {-1: -1, 1: 1}, {}, 0.1),
+        ("DelayedReward", {0: 0.9, 1: 1}, {}, 0.05),
+        ("RewardFromAction", {}, {1: 1}, None),
+        ("RewardFromActionAndObs", {-1: 1, 1: 1}, {-1: 0, 1: 1}, 0.2),
+        ("TruncatedEndless", {-1: -1, 1: 5}, {}, 0.3),  # far lower, were the cut an end or the next start what follows
+    ],
+)
+def test_probe(name, values, actions, tolerance, tmp_path):
+    """ppo_cartpole.py finds the values and greedy actions that are known."""
+    gamma = 0.8 if name == "TruncatedEndless" else 0.9
+    settings = dict(num_steps=16, gamma=gamma, gae_lambda=0.9, learning_rate=5e-3, update_epochs=10)
+    run_dir = train(ppo_cartpole, tmp_path, env_id=PROBES[name], total_timesteps=5120, **settings)
+    agent, obs = reload(ppo_cartpole, run_dir)[1], torch.tensor([[-1.0], [0.0], [1.0]])
+    found, best = agent(obs)[1].tolist(), agent.act(obs, greedy=True).tolist()
+    assert {x: found[x + 1] for x in values} == pytest.approx(values, abs=tolerance)
+    assert {x: best[x + 1] for x in actions} == actions
+    if name == "RewardFromObs":
+        explained = [value for _, value in curve(run_dir, "losses/explained_variance")]
+        assert explained[0] < 0.5
+        assert explained[-1] > 0.95
 
 
 def test_a_truncated_game_is_worth_what_its_own_last_frame_is(tmp_path, monkeypatch):
