@@ -16,19 +16,19 @@
     python dqn_atari.py --env-id BreakoutNoFrameskip-v4 --cuda
     python evaluate.py runs/<run>
 
+Drawing from a large memory of past steps decorrelates them; a target network gives targets that hold still.
 Measured: Pong 19.5 (1 seed, 100 games, 1.4 million steps on two CPU cores, with the flags in README.md). The defaults
 have not been run to their end. A step is one action, held for 4 frames. The replay memory is a file in the run folder:
 7.1 GB for a million steps, and 3.5 GB for the steps between two checkpoints. A finished run removes it.
 
-The hyperparameters are those of CleanRL's published scores. Different in the paper: 50 million steps; RMSProp, not Adam
-at 1e-4; a clipped error, not a squared one; learning from step 50,000; the target network copied every 10,000 gradient
-steps; exploration that falls to 0.1. Different from CleanRL, where (1) to (3) come from ale-py's vector environment:
+Hyperparameters are those of CleanRL's published scores. The paper instead has 50 million steps, RMSProp, a clipped
+error, learning from step 50,000, a target network copied every 10,000 gradient steps, and exploration that falls to
+0.1. Unlike CleanRL, with (1) to (3) due to ale-py's vector environment:
 (1) Games start with FIRE (if they have it) and idle frames; after losing a life, the agent must press FIRE itself.
 (2) Frame stacks start with zeros and are not cleared when a life is lost.
 (3) The maximum of two frames is taken after conversion to gray.
-(4) A game truncated at 108,000 frames is not lost: its last observation is bootstrapped (its newest frame is slightly
-    wrong, as ale-py takes one maximum too many).
-(5) All games start anew after a checkpoint, so that a killed run can be repeated exactly.
+(4) A game truncated at 108,000 frames is not lost: the value of its last observation is bootstrapped.
+(5) All games start anew after each checkpoint, so that a killed run can be repeated exactly.
 (6) Orthogonal initialization: PyTorch's own takes many more gradient steps to notice the first rewards.
 (7) Several games are played side by side. Gradient steps and target updates come as often per step as with one game.
 (8) All actions are random until learning starts; only then does epsilon fall.
@@ -69,16 +69,16 @@ class Args:
     total_timesteps: int = 10_000_000  # agent steps (4 frames each) over all games
     learning_rate: float = 1e-4  # Adam's step size; larger learns faster until it diverges
     num_envs: int = 8  # games played side by side; the number of gradient steps stays the same
-    buffer_size: int = 1_000_000  # steps to learn from, 7 kB each on disk; larger holds older, more diverse ones
+    buffer_size: int = 1_000_000  # steps to learn from, 7 kB each on disk; a larger buffer holds more diverse ones
     gamma: float = 0.99  # discount per step; nearer to 1 looks further ahead
-    tau: float = 1.0  # how far an update moves the target network toward the network; 1: copies it
+    tau: float = 1.0  # how far an update moves the target network toward the online network; 1 copies it
     target_network_frequency: int = 1000  # steps between updates of the target network; more: steadier and slower
     batch_size: int = 32  # transitions per gradient step (M)
     start_e: float = 1.0  # chance of a random action (epsilon) when learning starts; before, all actions are random
-    end_e: float = 0.01  # chance of a random action once it has fallen, and in evaluate.py
+    end_e: float = 0.01  # chance of a random action once it has fallen, and in evaluate.py without --greedy
     exploration_fraction: float = 0.1  # part of the run over which epsilon falls linearly, once learning has started
     learning_starts: int = 80_000  # steps in the buffer before the first gradient step
-    train_frequency: int = 4  # steps per gradient step; fewer learn more from each step and take more time
+    train_frequency: int = 4  # steps per gradient step; lower: more learning per step, and a slower run
 
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # random seed; on a CPU, the same seed and number of threads repeat a run bit for bit
@@ -129,7 +129,7 @@ class Agent(nn.Module):
         return self.network(x.div_(255))
 
     def act(self, obs, greedy):
-        """For evaluate.py: obs (N, 4, 84, 84) uint8 -> actions (N,) int64, the best or exploring as training ends."""
+        """For evaluate.py: obs (N, 4, 84, 84) uint8 -> actions (N,) int64, the best, or exploring by end_e."""
         return epsilon_greedy(self(obs), 0.0 if greedy else self.end_e)
 
 
@@ -146,9 +146,9 @@ def epsilon_greedy(q_values, epsilon):
 class ReplayBuffer:
     """The last `capacity` steps of N games. Each frame is stored once; sample() puts the stacks of 4 together.
 
-    A ring of rows, each one step of all games: the newest frame that each agent saw, its action, and what came of it.
-    The frame that it saw next is in the next row. Where a game was truncated, the next row is already another game's,
-    so its final frame is kept aside.
+    A ring of rows, each one step of all games: for each game the newest frame seen, the action, and the outcome.
+    The frame seen next is in the next row. Where a game was truncated, the next row is already another game's,
+    so its final frame is kept aside. (terminated includes a lost life here: nothing is expected after it.)
 
     The rows are a memory-mapped file: the system keeps in memory what it has room for, and they outlive the program.
     A checkpoint only says which rows it counts on; those stay untouched until `spare` more steps have been added.
@@ -161,7 +161,7 @@ class ReplayBuffer:
         fields = [("frame", np.uint8, frame), ("action", np.uint8), ("reward", np.float32), ("terminated", bool)]
         self.fields = np.dtype([*fields, ("num_earlier", np.uint8)])  # frames of the same game in its stack, up to 3
         self.max_filled = capacity // self.num_envs  # rows
-        self.num_rows = self.max_filled + self.stack + spare // self.num_envs + 1  # the oldest stack, an unfinished row
+        self.num_rows = self.max_filled + self.stack + spare // self.num_envs + 1  # incl. the oldest row's stack
         self.count = self.filled = 0  # rows completed so far, and how many of them can be sampled
         self.final_frames = {}  # (row, n) -> final frame of game n, which was truncated at that row's step
         self.file = None
@@ -184,14 +184,14 @@ class ReplayBuffer:
         """Write what was seen to the row that waits for its action."""
         t = self.count % self.num_rows
         self.rows["frame"][t], self.rows["num_earlier"][t] = obs[:, -1], num_earlier
-        for n in range(self.num_envs):
+        for n in range(self.num_envs):  # those of the ring's last lap
             self.final_frames.pop((t, n), None)
 
     def add(self, actions, rewards, terminated, ended, final_obs, next_obs):
         """Complete a row, and begin the next one with what was seen then. Arrays of N.
 
         terminated: no future, as after a lost life; ended: a new game begins, and its stack with it.
-        final_obs: {n: final observation (4, 84, 84)} of the truncated games; next_obs is already of the new ones.
+        final_obs: {n: final observation (4, 84, 84)} of truncated games, whose next_obs belongs to the new ones.
         """
         t = self.count % self.num_rows
         row = self.rows[t]  # (N,)
@@ -235,7 +235,7 @@ class ReplayBuffer:
         return sizes | position | {"final_frames": final_frames}
 
     def load_state_dict(self, state):
-        """Continue with a checkpoint's rows. If their file is gone, the buffer stays empty and is filled anew."""
+        """Continue with a checkpoint's rows. If their file is gone, the buffer starts empty, to be filled again."""
         end = state["num_rows"] * state["num_envs"] * self.fields.itemsize + 8
         if not self.path.is_file() or np.fromfile(self.path, np.int64, offset=end).tolist() != [state["identity"]]:
             return
@@ -244,7 +244,7 @@ class ReplayBuffer:
         self.num_rows, self.count = state["num_rows"], state["count"]
         self.map_file()
         self.final_frames = {key: frame.numpy() for key, frame in state["final_frames"].items()}
-        # The run may have gone on after its checkpoint, and have overwritten the oldest rows.
+        # After its checkpoint, the run may have overwritten the oldest rows.
         self.filled = max(0, min(state["filled"], self.num_rows - self.stack - int(self.footer[0] - self.count)))
 
 
@@ -283,7 +283,7 @@ def dqn_update(agent, target_agent, optimizer, batch, gamma):
 
 @torch.no_grad()
 def update_target(target_agent, agent, tau):
-    """Move the target network by the fraction `tau` of the way to the network."""
+    """Move the target network the fraction `tau` of the way to the online network."""
     for target, parameter in zip(target_agent.parameters(), agent.parameters(), strict=True):
         target.lerp_(parameter, tau)
 
@@ -293,7 +293,7 @@ def update_target(target_agent, agent, tau):
 
 def train(args):
     """Train to --total-timesteps, or until Ctrl-C. Returns the exit code."""
-    torch.set_flush_denormal(True)  # Adam's averages for dead weights fade to numbers that a CPU is slow with
+    torch.set_flush_denormal(True)  # Adam's averages of dead weights decay to denormals, which are slow on a CPU
     run = Run(args)
     envs = make_envs(args, run.num_envs, args.seed, training=True)
     agent, target_agent = Agent(envs, args).to(run.device), Agent(envs, args).to(run.device)
@@ -301,7 +301,7 @@ def train(args):
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     buffer = ReplayBuffer(run.folder, envs, args.buffer_size, spare=min(args.save_freq, args.total_timesteps))
     run.start(model=agent, target_model=target_agent, optimizer=optimizer, buffer=buffer)
-    optimizer.param_groups[0]["lr"] = args.learning_rate  # the flag, should --resume have changed it
+    optimizer.param_groups[0]["lr"] = args.learning_rate  # the checkpoint's was restored; the flag decides
 
     while not run.finished():
         # A segment: from one checkpoint to the next, with new games and a seed of its own
@@ -354,7 +354,7 @@ gym.register_envs(ale_py)
 
 
 def spread_seed(*key):
-    """Hash integers to a seed below 2**30. Environment i gets seed + i: runs 1, 2, 3 must not share environments."""
+    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: number i gets seed + i."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
@@ -379,9 +379,9 @@ class AtariGames(VectorWrapper):
             repeat_action_probability=repeat_action_probability,  # chance per frame that the previous action sticks
             continuous=False,  # actions are the joystick's positions and its button
             full_action_space=False,  # only those that do something in this game: 4 in Breakout, 6 in Pong
-            episodic_life=False,  # would restart the whole game at a lost life: later lives would never be seen
-            life_loss_info=False,  # would call a lost life terminated; step() below keeps the two apart
-            reward_clipping=False,  # would hide the score; step() below clips what is learned from
+            episodic_life=False,  # True would restart the whole game at a lost life: later lives would never be seen
+            life_loss_info=False,  # True would call a lost life terminated; step() below keeps the two apart
+            reward_clipping=False,  # True would hide the score; step() below clips what is learned from
             autoreset_mode=AutoresetMode.SAME_STEP,  # every step is a real one, none is spent on a reset
         )
         agent_view = dict(
@@ -422,7 +422,7 @@ class AtariGames(VectorWrapper):
 
 
 def find_game(env_id):
-    """Gymnasium's entry for --env-id. Refuses what is not an Atari game, or skips frames in another way."""
+    """Gymnasium's entry for --env-id. Refuses ids that are not Atari games, or skip frames differently."""
     spec = gym.registry.get(env_id)
     playable = [name for name in gym.registry if "NoFrameskip" in name or name.startswith("ALE/")]
     close = ", ".join(difflib.get_close_matches(env_id, playable))
@@ -431,7 +431,7 @@ def find_game(env_id):
     if "game" not in spec.kwargs:
         fail(f"--env-id {env_id} is not an Atari game; for vector observations use ppo_cartpole.py.", code=2)
     if env_id not in playable:
-        fail(f"--env-id {env_id} must be a *NoFrameskip-v4 or ALE/*-v5 id. Close: {close}.", code=2)
+        fail(f"--env-id {env_id} must be a *NoFrameskip or ALE/*-v5 id. Close: {close}.", code=2)
     return spec
 
 
@@ -462,7 +462,7 @@ def check_numbers(args, names, low, high=math.inf):
 
 
 def check_args(args):
-    """Refuse what cannot work, naming the flag, what it got and what it takes."""
+    """Refuse bad flags, each with a sentence that names the flag, its value and what is allowed."""
     numbers = "total_timesteps save_freq num_envs buffer_size train_frequency batch_size target_network_frequency"
     check_numbers(args, numbers, 1)
     check_numbers(args, "learning_rate learning_starts", 0)
@@ -471,15 +471,14 @@ def check_args(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("DQN learns in one process: start it with python, not with torchrun.", code=2)
     if args.buffer_size // args.num_envs * args.num_envs < max(1, args.learning_starts):
-        what = f"--learning-starts {args.learning_starts} and one step of --num-envs {args.num_envs} games"
-        fail(f"--buffer-size {args.buffer_size} must hold at least {what}.", code=2)
+        fail(f"--buffer-size {args.buffer_size} must be at least --learning-starts and --num-envs.", code=2)
     if args.learning_starts + args.exploration_fraction * args.total_timesteps >= args.total_timesteps:
         what = f"--learning-starts {args.learning_starts} and --exploration-fraction {args.exploration_fraction}"
-        fail(f"{what} leave no step of --total-timesteps {args.total_timesteps} with --end-e: lower them.", code=2)
+        fail(f"with {what}, epsilon never reaches --end-e in --total-timesteps {args.total_timesteps}.", code=2)
     if args.save_freq < min(5000 * args.num_envs, args.total_timesteps):
-        length = args.save_freq // args.num_envs  # steps; a long game of Breakout has 2,000
-        print(f"--save-freq {args.save_freq} cuts every game off after at most {length} steps.", file=sys.stderr)
-    make_envs(args, 1, args.seed, training=True).close()
+        length = args.save_freq // args.num_envs  # steps; below 5,000, long games would never be finished
+        print(f"--save-freq {args.save_freq} restarts all games after {length} steps each: raise it.", file=sys.stderr)
+    make_envs(args, 1, args.seed, training=True).close()  # a bad --env-id is refused here, before a folder is made
     check_disk(args)
 
 
@@ -491,12 +490,12 @@ def check_disk(args):
     if (folder / "replay.bin").exists():
         free += (folder / "replay.bin").stat().st_size  # which is used again, or replaced
     if needed > free:
-        gb = f"{needed / 1e9:.1f} GB on the disk, of which {free / 1e9:.1f} GB are free"
+        gb = f"{needed / 1e9:.1f} GB of disk space, but only {free / 1e9:.1f} GB are free"
         fail(f"--buffer-size {args.buffer_size} and --save-freq {args.save_freq} need {gb}: lower them.", code=2)
 
 
 def make_file(path, size):
-    """Make a file of `size` bytes that are really there: if the disk fills up later, a hole would end the program."""
+    """Make a file and reserve its `size` bytes: writing to a hole in it on a full disk would kill the program."""
     try:
         path.unlink(missing_ok=True)
         with open(path, "wb") as file:
@@ -526,15 +525,15 @@ class Run:
         self.num_envs = args.num_envs // self.num_ranks  # of this process
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         self.stop_signal, self.stopped = 0, False
-        self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)  # curves, and what they wait for
+        self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)  # points: not yet written
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.checkpoint = self.open_folder() if self.rank == 0 else None
         if self.num_ranks > 1:
-            importlib.import_module("torch._dynamo")  # imported after init_process_group, it can abort Python's exit
+            importlib.import_module("torch._dynamo")  # if imported after the next line, it can crash Python at exit
             torch.distributed.init_process_group()  # NCCL between GPUs, gloo between CPUs
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            found = [self.checkpoint, self.folder, dataclasses.asdict(args)]  # all must start from the same
+            found = [self.checkpoint, self.folder, dataclasses.asdict(args)]  # those of rank 0, for all
             torch.distributed.broadcast_object_list(found)
             self.checkpoint, self.folder, flags = found
             if flags != dataclasses.asdict(args):
@@ -549,7 +548,7 @@ class Run:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")
         except OSError as error:
-            fail(f"--run-dir {self.folder} cannot be written: {error.strerror}.")
+            fail(f"the run folder (--run-dir) {self.folder} cannot be written: {error.strerror}.")
         try:
             import fcntl
 
@@ -562,25 +561,26 @@ class Run:
         if not paths:
             return None if args.resume is None else load_checkpoint(find_checkpoint(args.resume))
         newest = load_checkpoint(paths[-1])
-        if args.resume is not None and Path(args.resume).resolve() in (self.folder.resolve(), paths[-1].resolve()):
-            self.args = dataclasses.replace(args, resume=newest["args"]["resume"])  # as the run was started
-        flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}
+        resumed = args.resume and Path(args.resume).resolve() in (self.folder.resolve(), paths[-1].resolve())
+        if resumed:  # remember what the run itself was started with, so that its first command still fits
+            self.args = dataclasses.replace(args, resume=newest["args"]["resume"])
+        flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}  # a path may be written in many ways
         changed = [f"--{x.replace('_', '-')}" for x in flags if flags[x] != newest["args"].get(x)]
-        if self.args is args and changed:
+        if changed and not resumed:
             what = f"{self.folder} holds checkpoints up to {paths[-1].name}, of a run with another {', '.join(changed)}"
             fail(f"{what}: continue it with --resume {self.folder}, or name another --run-dir.", code=2)
         return newest
 
     def start(self, **state):
-        """Restore `state` (objects with a state_dict, by name) from the checkpoint, open the curves, say what runs."""
+        """Restore `state` (objects with a state_dict, by name), open the curves, and say what is about to run."""
         self.state, self.start_time = state, time.monotonic()
         try:
-            for name, x in state.items():
-                if self.checkpoint:
+            if self.checkpoint:
+                for name, x in state.items():
                     x.load_state_dict(self.checkpoint[name])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its run folder fits.")
+            fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its folder wrote it.")
         args, running = self.args, self.rank == 0 and not self.finished()
         if running:
             (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
@@ -605,14 +605,14 @@ class Run:
             signal.signal(number, self.request_stop)
 
     def finished(self):
-        """Whether --total-timesteps is reached, or a stop was requested."""
+        """Whether to end: --total-timesteps is reached, or a stop was requested."""
         return self.stopped or self.global_step >= self.args.total_timesteps
 
     def begin_segment(self):
         """Reseed everything random from --seed and the step. Returns the seed for the environments.
 
         So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit. A run stopped by Ctrl-C
-        loses nothing, but a segment begins where none would have: it continues on another path, as good as any.
+        loses no step, but resumes with a segment at an unplanned step: it differs from an uninterrupted run.
         """
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
@@ -622,16 +622,16 @@ class Run:
         return seed
 
     def segment_over(self):
-        """Whether it is time to save: --save-freq or the end is reached, or a stop was requested."""
+        """Whether to save: --save-freq or the end is reached, or a stop was requested."""
         return self.stopped or self.global_step >= self.segment_end
 
     def request_stop(self, number, frame):
         """Ctrl-C or SIGTERM: finish the update in progress, save, stop."""
         self.stop_signal = number
-        if self.num_ranks == 1:  # several processes decide together, in log(); torchrun gives them each Ctrl-C twice
+        if self.num_ranks == 1:  # several processes, which torchrun sends each Ctrl-C twice, decide together in log()
             self.stopped = True
             signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-        os.write(2, b"\nStopping after this update, which will be saved.\n")  # print is not reentrant
+        os.write(2, b"\nStopping: saving a checkpoint first.\n")  # print is not reentrant
 
     def record_step(self, rewards, ended):
         """Count one step of every environment. rewards: (N,), unclipped; ended: (N,), where an episode ended."""
@@ -673,7 +673,7 @@ class Run:
         self.bar.update(min(self.global_step, self.args.total_timesteps) - self.bar.n)
 
     def save(self):
-        """Write checkpoints/{global_step}.pt, with all that --resume and evaluate.py need. It appears whole or not."""
+        """Write checkpoints/{global_step}.pt, with all that --resume and evaluate.py need. Atomic."""
         if not torch.stack([x.isfinite().all() for x in self.state["model"].state_dict().values()]).all():
             self.give_up("a weight is not finite")
         if self.rank > 0:
@@ -714,7 +714,7 @@ class Run:
         code, message = 0, f"Done: {self.folder} is finished. Score it: python evaluate.py {self.folder}"
         if self.global_step < self.args.total_timesteps:
             message = f"Stopped at step {self.global_step:,}. Continue: {launch} {sys.argv[0]} --resume {self.folder}"
-            code = 128 + (self.stop_signal or signal.SIGTERM)  # another process may have got the signal
+            code = 128 + (self.stop_signal or signal.SIGTERM)  # which another process may have received
         if self.rank == 0:
             if not (self.folder / "checkpoints" / f"{self.global_step:012d}.pt").exists():
                 fail(f"the last checkpoint could not be written: --resume {self.folder} continues from an earlier one.")
@@ -740,8 +740,7 @@ def list_checkpoints(run_dir):
 
 def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
-    paths = list_checkpoints(path)
-    found = paths[-1] if paths else Path(path)
+    found = max(list_checkpoints(path), default=Path(path))
     if not found.is_file():
         fail(f"{path} holds no checkpoint: name the folder of one run, or a .pt file.")
     return found
@@ -750,7 +749,7 @@ def find_checkpoint(path):
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Safe for untrusted files; refuses damaged ones."""
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums, and skips a weight marked as a folder
+        with zipfile.ZipFile(path) as file:  # torch.load checks no checksums, and skips weights marked as folders
             if file.testzip() or any(entry.external_attr & 0x10 for entry in file.infolist()):
                 raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -758,12 +757,12 @@ def load_checkpoint(path):
             raise ValueError
         return checkpoint
     except Exception as error:  # a damaged file can raise almost anything
-        fail(f"{path} is damaged, or no checkpoint of this version ({type(error).__name__}). Remove or avoid it.")
+        fail(f"{path} cannot be read: damaged, or no checkpoint of this version ({type(error).__name__}).")
 
 
 def read_args():
     """Args from the command line. With --resume, flags that are not given are those of the run."""
-    args = tyro.cli(Args, description=__doc__)  # first to see --resume, then with the run's flags as defaults
+    args = tyro.cli(Args, description=__doc__)  # parsed twice: to find --resume, then with the run's flags as defaults
     if args.resume is not None:
         path = find_checkpoint(args.resume)
         checkpoint = load_checkpoint(path)
@@ -773,7 +772,7 @@ def read_args():
         try:
             saved = Args(**checkpoint["args"] | {"run_dir": run_dir})
         except TypeError:
-            fail(f"{path} was written by {checkpoint['script']}.py, whose flags are not those of this script.")
+            fail(f"{path} was written by {checkpoint['script']}.py with other flags than this script has.")
         args = tyro.cli(Args, description=__doc__, default=saved)
         if args.env_id != saved.env_id:
             fail(f"--env-id {args.env_id} does not match the checkpoint's {saved.env_id}.", code=2)
@@ -787,4 +786,4 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        fail(f"not enough memory, lower --num-envs for example: {' '.join(str(error).split())[:160]}")
+        fail(f"not enough memory, try smaller batches or fewer environments: {' '.join(str(error).split())[:160]}")

@@ -11,15 +11,16 @@
 #     "tyro==1.0.17",
 # ]
 # ///
-"""Score a checkpoint: whole episodes of the real game, on raw rewards.
+"""Score a checkpoint by playing whole episodes, scored with unclipped rewards.
 
     python evaluate.py runs/<run>                           # the newest checkpoint of a run
     python evaluate.py runs/<run> --episodes 100 --greedy   # always the best action
     python evaluate.py runs/<run> --all                     # every checkpoint, into TensorBoard as eval/episodic_return
     python evaluate.py runs/<run> --video film.mp4          # films the episodes; --render shows them in a window
 
-A checkpoint names the script that wrote it. Environment and agent are built by that script, which must lie beside this
-file or be given with --script; it needs the three names Args, make_envs and Agent (with act(obs, greedy)).
+A checkpoint names the script that wrote it, which builds environments and agent. It must lie beside this file or be
+given with --script, and define Args, Agent(envs, args) with act(obs, greedy), and make_envs(args, num_envs, seed,
+training, render): a vector environment in SAME_STEP mode, with unclipped rewards where training=False.
 """
 
 import importlib.util
@@ -43,7 +44,7 @@ from tqdm import tqdm
 FORMAT = 2  # of a checkpoint; older ones can be read, too
 
 # Mean score of uniformly random play and of a professional tester, by ROM name, as DQN Zoo lists them (Quan and
-# Ostrovski 2020, dqn_zoo/atari_data.py); up to 30 idle frames at the start, games cut off after 108,000 frames as here.
+# Ostrovski 2020, dqn_zoo/atari_data.py); up to 30 idle frames at the start, games cut off after 108,000 frames.
 # fmt: off
 RANDOM_AND_HUMAN = {
     "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742.0), "asterix": (210.0, 8503.3),
@@ -76,13 +77,13 @@ def fail(message, code=1):
 @dataclass
 class Args:
     checkpoint: tyro.conf.Positional[str]  # a run folder (its newest checkpoint) or a checkpoint (.pt)
-    episodes: int = 10  # whole episodes to play; more narrow the interval
-    num_envs: int | None = None  # environments side by side; None: one for each episode, at most 16
+    episodes: int = 10  # whole episodes to play; more episodes give a narrower interval
+    num_envs: int | None = None  # environments side by side; None: one per episode, at most 16; 1 to show or film
     seed: int = 1  # of environments and sampled actions
-    greedy: bool = False  # always the best action, instead of acting as in training
-    cuda: bool = False  # run the network on the GPU
+    greedy: bool = False  # always the best action; otherwise act as at the end of training
+    cuda: bool = False  # use the GPU if there is one
     all: bool = False  # score every checkpoint of the run, and write the curve to its eval/ folder
-    json: str | None = None  # also write the result to this file
+    json: str | None = None  # also write the result to this file; with --all, a list of results
     render: bool = False  # show the episodes in a window, one after the other, at the speed of the game
     video: str | None = None  # film the episodes, one after the other, into this .mp4 file
     script: str | None = None  # the training script, where it is not the one beside this file
@@ -111,7 +112,7 @@ class Args:
 
 
 def spread_seed(*key):
-    """Hash integers to a seed below 2**30. Environment i gets seed + i: runs 1, 2, 3 must not share environments."""
+    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: number i gets seed + i."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
@@ -122,8 +123,7 @@ def list_checkpoints(run_dir):
 
 def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
-    paths = list_checkpoints(path)
-    found = paths[-1] if paths else Path(path)
+    found = max(list_checkpoints(path), default=Path(path))
     if not found.is_file():
         fail(f"{path} holds no checkpoint: name the folder of one run, or a .pt file.")
     return found
@@ -132,7 +132,7 @@ def find_checkpoint(path):
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Safe for untrusted files; refuses damaged ones."""
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums, and skips a weight marked as a folder
+        with zipfile.ZipFile(path) as file:  # torch.load checks no checksums, and skips weights marked as folders
             if file.testzip() or any(entry.external_attr & 0x10 for entry in file.infolist()):
                 raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -140,11 +140,11 @@ def load_checkpoint(path):
             raise ValueError
         return checkpoint
     except Exception as error:  # a damaged file can raise almost anything
-        fail(f"{path} is damaged, or no checkpoint of this version ({type(error).__name__}). Remove or avoid it.")
+        fail(f"{path} cannot be read: damaged, or no checkpoint of this version ({type(error).__name__}).")
 
 
 def load_script(checkpoint, path, script):
-    """The module that wrote `checkpoint`: the file `script` if given, else the one of its name beside this file."""
+    """The module that wrote `checkpoint`: the file `script` if given, else {name}.py beside this file."""
     name = checkpoint["script"]
     if script is None:
         if not re.fullmatch(r"[\w-]+", name):
@@ -160,12 +160,12 @@ def load_script(checkpoint, path, script):
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
     if missing := {"Args", "make_envs", "Agent"} - vars(module).keys():
-        fail(f"{script} lacks {', '.join(sorted(missing))}, which evaluate.py builds environment and agent with.")
+        fail(f"{script} must define {', '.join(sorted(missing))}.")
     return module
 
 
 def rebuild(path, args, num_envs):
-    """The environments and the agent that the checkpoint at `path` describes: checkpoint, envs, agent."""
+    """Returns the checkpoint, and the environments and the agent built from it."""
     checkpoint = load_checkpoint(path)
     module = load_script(checkpoint, path, args.script)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -180,7 +180,7 @@ def rebuild(path, args, num_envs):
         hint = f"if it was edited since, try --script {ran}" if ran.is_file() else "give the one that ran with --script"
         fail(f"{path} does not fit {module.__file__} ({' '.join(str(error).split())[:160]}); {hint}.")
     if broken := [name for name, weights in agent.state_dict().items() if not weights.isfinite().all()]:
-        fail(f"{path} holds weights that are no finite numbers, in {broken[0]}: no policy can be had from it.")
+        fail(f"{path} holds weights that are not finite, in {broken[0]}: it cannot play.")
     return checkpoint, envs, agent.eval()
 
 
@@ -199,10 +199,10 @@ class Screen:
         self.window, self.film, self.fps = window, film, fps
         self.writer, self.pictures, self.next_time = None, 0, time.monotonic()
         if window:  # tried in another process: without a display, OpenCV aborts the one that asks
-            os.environ.setdefault("QT_LOGGING_RULES", "default.warning=false")  # of fonts that OpenCV lacks
+            os.environ.setdefault("QT_LOGGING_RULES", "default.warning=false")  # hides warnings about missing fonts
             code = f"import cv2; cv2.namedWindow({self.title!r})"
             attempt = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-            if attempt.returncode == 1:  # Python's own exit: that of an OpenCV without windows, for instance
+            if attempt.returncode == 1:  # a Python exception: an OpenCV without windows, for example
                 fail(f"--render cannot open a window: {attempt.stderr.strip().splitlines()[-1]}")
             if attempt.returncode:
                 fail("--render needs a display, and found none; --video FILE.mp4 works without.")
@@ -237,14 +237,14 @@ class Screen:
 
 @torch.no_grad()
 def play(envs, agent, episodes, greedy, bar, screen=None):
-    """Play whole episodes and return their returns, lengths (steps) and whether they were truncated, each (episodes,).
+    """Play whole episodes. Gives three lists: returns, lengths in steps, and whether each was truncated.
 
-    How many episodes each environment plays is fixed beforehand. Taking the first to finish would favor short ones.
+    How many episodes each environment plays is fixed beforehand: taking the first to finish would favor short ones.
     """
     N, device = envs.num_envs, next(agent.parameters()).device
     to_play = np.full(N, episodes // N)  # (N,)
     to_play[: episodes % N] += 1
-    returns, lengths, cut_off = [], [], []
+    returns, lengths, truncations = [], [], []
     episode_return, episode_length = np.zeros(N), np.zeros(N, dtype=np.int64)
     obs, _ = envs.reset()
     while to_play.any():
@@ -259,14 +259,14 @@ def play(envs, agent, episodes, greedy, bar, screen=None):
                 to_play[i] -= 1
                 returns.append(float(episode_return[i]))
                 lengths.append(int(episode_length[i]))
-                cut_off.append(bool(truncated[i] and not terminated[i]))
+                truncations.append(bool(truncated[i] and not terminated[i]))
                 bar.update()
             episode_return[i] = episode_length[i] = 0
-    return returns, lengths, cut_off
+    return returns, lengths, truncations
 
 
 def mean_interval(returns):
-    """95% interval of the mean: Student's t, which is wider the fewer episodes there are. None for a single one."""
+    """95% interval of the mean by Student's t, whose quantile is estimated from samples. None for a single episode."""
     if len(returns) < 2:
         return None
     deviations = np.abs(np.random.default_rng(0).standard_t(len(returns) - 1, 1_000_000))
@@ -290,7 +290,7 @@ def score(path, args):
     checkpoint, envs, agent = rebuild(path, args, num_envs)
     torch.manual_seed(args.seed)
     env_id, step = checkpoint["args"].get("env_id", checkpoint["script"]), checkpoint["global_step"]
-    how = "greedy" if args.greedy else "acting as in training"
+    how = "greedy" if args.greedy else "acting as at the end of training"
     where = "the GPU" if next(agent.parameters()).is_cuda else "the CPU (no GPU found)" if args.cuda else "the CPU"
     print(f"{path}: {env_id} after {step:,} steps, {args.episodes} episodes, {how}, on {where}", flush=True)
     screen = Screen(args.render, args.video, envs.metadata.get("render_fps", 30)) if watched else None
@@ -320,7 +320,7 @@ def score(path, args):
 
 
 def report(result):
-    """One line for the person at the terminal."""
+    """Print the result in one line."""
     line = f"return {result['mean_return']:.2f}"
     if result["episodes"] > 1:
         low, high = result["ci95"]

@@ -19,17 +19,17 @@
 Measured over 100 games, trained on CPUs with --bf16: Breakout 390 after 9 million steps (1 seed); Pong 19.6 ± 1.4 (3
 seeds) after 2 million steps and an hour, with the flags in README.md. A step is one action, held for 4 frames.
 
-Hyperparameters are the Atari defaults of openai/baselines. It adds to the paper, and so does this file:
-orthogonal initialization, Adam's epsilon of 1e-5, advantages normalized per minibatch, a clipped value loss, gradients
-clipped to a global norm. The paper has 3 epochs, a value loss weight of 1 and a clip range that falls to 0.
+Hyperparameters are the Atari defaults of openai/baselines. Like baselines, this file adds to the paper: orthogonal
+initialization, Adam's epsilon of 1e-5, advantages normalized per minibatch, a clipped value loss, gradients clipped to
+a global norm. The paper has 3 epochs, four times this weight of the value loss, and a clip range that falls to 0.
 
-Different from baselines, where (1) to (3) come from ale-py's vector environment:
+Unlike baselines, with (1) to (3) due to ale-py's vector environment:
 (1) Games start with FIRE (if they have it) and idle frames; after losing a life, the agent must press FIRE itself.
 (2) Frame stacks are not cleared when a life is lost.
 (3) The maximum of two frames is taken after conversion to gray.
-(4) A game truncated at 108,000 frames is not lost: its last observation is bootstrapped (its newest frame is slightly
-    wrong, as ale-py takes one maximum too many).
-(5) All games start anew after a checkpoint, so that a killed run can be repeated exactly.
+(4) A game truncated at 108,000 frames is not lost: the value of its last observation is bootstrapped. (ale-py takes
+    one maximum too many in that observation's newest frame.)
+(5) All games start anew after each checkpoint, so that a killed run can be repeated exactly.
 """
 
 import dataclasses
@@ -69,12 +69,12 @@ class Args:
     num_envs: int = 8  # games played side by side; more games decorrelate the batch
     num_steps: int = 128  # steps of each game between updates (T); longer rollouts bootstrap less
     gamma: float = 0.99  # discount per step; nearer to 1 looks further ahead
-    gae_lambda: float = 0.95  # lower trusts the value function more (biased), higher the rewards (noisy)
+    gae_lambda: float = 0.95  # near 0, advantages rely on the value function (bias); near 1, on rewards (variance)
     num_minibatches: int = 4  # parts a rollout is cut into; more parts give more and noisier gradient steps
-    update_epochs: int = 4  # passes over a rollout; more learn more from each sample but overfit sooner
+    update_epochs: int = 4  # passes over a rollout; more passes use each sample better but overfit sooner
     norm_adv: bool = True  # normalize advantages to mean 0 and std 1 in each minibatch
-    clip_coef: float = 0.1  # a probability ratio farther than this from 1 is pushed no further
-    clip_vloss: bool = True  # clip the value loss likewise: no reward for moving a value further than clip_coef
+    clip_coef: float = 0.1  # no incentive to move a probability ratio farther than this from 1
+    clip_vloss: bool = True  # clip the value loss likewise: no gain from moving a value farther than clip_coef
     ent_coef: float = 0.01  # weight of the entropy bonus; larger explores longer
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients with a larger global L2 norm are scaled down to this
@@ -84,7 +84,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # random seed; on a CPU, the same seed and number of threads repeat a run bit for bit
     run_dir: str | None = None  # run folder: the same command again continues there; None: a new one in runs/
-    save_freq: int = 500_000  # steps between checkpoints (20 MB); all games start anew after each (see begin_segment)
+    save_freq: int = 500_000  # steps between checkpoints (20 MB); all games start anew after each
     resume: str | None = None  # run folder or checkpoint to resume; flags you pass override the saved ones
     cuda: bool = True  # use the GPU if there is one
     torch_deterministic: bool = True  # only deterministic cuDNN kernels; off may be faster
@@ -176,8 +176,8 @@ class Rollout:
 def compute_gae(rewards, values, next_values, terminated, ended, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16). All (T, N); returns advantages, returns.
 
-    next_values[t] is the value of what followed step t: of the final observation where the episode was truncated. It is
-    ignored where terminated: only then there is no future. `ended` is either; the λ-sum stops there.
+    next_values[t]: value of the observation after step t; at a truncation, of the final one; unused at a termination,
+    after which there is no future. ended: terminated or truncated, where the λ-sum stops.
     """
     advantages = torch.empty_like(rewards)
     next_advantage = torch.zeros_like(rewards[0])  # (N,)
@@ -205,7 +205,7 @@ def ppo_loss(agent, minibatch, args):
     policy_loss = -torch.min(ratio * mb_advantages, clipped_ratio * mb_advantages).mean()
 
     value_loss = (new_values - mb_returns) ** 2
-    if args.clip_vloss:  # the larger error: a value that moved clip_coef toward its return gets no further gradient
+    if args.clip_vloss:  # take the larger error: a value that moved clip_coef toward its return gets no gradient
         clipped_values = mb_values + (new_values - mb_values).clamp(-args.clip_coef, args.clip_coef)
         value_loss = torch.max(value_loss, (clipped_values - mb_returns) ** 2)
     value_loss = 0.5 * value_loss.mean()
@@ -226,7 +226,7 @@ def ppo_loss(agent, minibatch, args):
 def ppo_update(agent, optimizer, batch, args):
     """Take minibatch steps on `batch` from Rollout.flatten. Returns each metric's mean over all gradient steps."""
     batch_size, device = len(batch[0]), batch[0].device
-    history = []  # metrics of each gradient step, kept on the device: reading them here would wait for it every time
+    history = []  # metrics of each gradient step, kept on the device: reading each would wait for it
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
             minibatch = [x.index_select(0, mb_inds) for x in batch]  # 10 times as fast as x[mb_inds] for frames
@@ -297,7 +297,7 @@ def train(args):
 
             # Log
             unexplained = (returns - rollout.values).var() / returns.var()
-            metrics["explained_variance"] = (1 - unexplained).nan_to_num(0, neginf=0)  # 0 where all returns are equal
+            metrics["explained_variance"] = torch.where(returns.var() > 0, 1 - unexplained, 0)
             run.log(metrics, learning_rate=optimizer.param_groups[0]["lr"])
         run.save()
 
@@ -311,7 +311,7 @@ gym.register_envs(ale_py)
 
 
 def spread_seed(*key):
-    """Hash integers to a seed below 2**30. Environment i gets seed + i: runs 1, 2, 3 must not share environments."""
+    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: number i gets seed + i."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
@@ -336,9 +336,9 @@ class AtariGames(VectorWrapper):
             repeat_action_probability=repeat_action_probability,  # chance per frame that the previous action sticks
             continuous=False,  # actions are the joystick's positions and its button
             full_action_space=False,  # only those that do something in this game: 4 in Breakout, 6 in Pong
-            episodic_life=False,  # would restart the whole game at a lost life: later lives would never be seen
-            life_loss_info=False,  # would call a lost life terminated; step() below keeps the two apart
-            reward_clipping=False,  # would hide the score; step() below clips what is learned from
+            episodic_life=False,  # True would restart the whole game at a lost life: later lives would never be seen
+            life_loss_info=False,  # True would call a lost life terminated; step() below keeps the two apart
+            reward_clipping=False,  # True would hide the score; step() below clips what is learned from
             autoreset_mode=AutoresetMode.SAME_STEP,  # every step is a real one, none is spent on a reset
         )
         agent_view = dict(
@@ -379,7 +379,7 @@ class AtariGames(VectorWrapper):
 
 
 def find_game(env_id):
-    """Gymnasium's entry for --env-id. Refuses what is not an Atari game, or skips frames in another way."""
+    """Gymnasium's entry for --env-id. Refuses ids that are not Atari games, or skip frames differently."""
     spec = gym.registry.get(env_id)
     playable = [name for name in gym.registry if "NoFrameskip" in name or name.startswith("ALE/")]
     close = ", ".join(difflib.get_close_matches(env_id, playable))
@@ -388,7 +388,7 @@ def find_game(env_id):
     if "game" not in spec.kwargs:
         fail(f"--env-id {env_id} is not an Atari game; for vector observations use ppo_cartpole.py.", code=2)
     if env_id not in playable:
-        fail(f"--env-id {env_id} must be a *NoFrameskip-v4 or ALE/*-v5 id. Close: {close}.", code=2)
+        fail(f"--env-id {env_id} must be a *NoFrameskip or ALE/*-v5 id. Close: {close}.", code=2)
     return spec
 
 
@@ -419,7 +419,7 @@ def check_numbers(args, names, low, high=math.inf):
 
 
 def check_args(args):
-    """Refuse what cannot work, naming the flag, what it got and what it takes."""
+    """Refuse bad flags, each with a sentence that names the flag, its value and what is allowed."""
     check_numbers(args, "total_timesteps save_freq num_envs num_steps num_minibatches update_epochs", 1)
     check_numbers(args, "learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl", 0)
     check_numbers(args, "gamma gae_lambda", 0, 1)
@@ -430,11 +430,11 @@ def check_args(args):
         fail(f"--num-envs {args.num_envs} cannot be shared equally by {num_ranks} processes.", code=2)
     if batch_size % parts or (args.norm_adv and batch_size == parts):
         least = "2 or more steps, for --norm-adv" if args.norm_adv else "1 or more steps"
-        fail(f"--num-minibatches {parts} must cut a rollout of {batch_size} steps into parts of {least}.", code=2)
+        fail(f"--num-minibatches {parts} must cut {batch_size} steps into equal parts of {least}.", code=2)
     if args.save_freq < min(5000 * args.num_envs, args.total_timesteps):
-        length = args.save_freq // args.num_envs  # steps; a long game of Breakout has 2,000
-        print(f"--save-freq {args.save_freq} cuts every game off after at most {length} steps.", file=sys.stderr)
-    make_envs(args, 1, args.seed, training=True).close()
+        length = args.save_freq // args.num_envs  # steps; below 5,000, long games would never be finished
+        print(f"--save-freq {args.save_freq} restarts all games after {length} steps each: raise it.", file=sys.stderr)
+    make_envs(args, 1, args.seed, training=True).close()  # a bad --env-id is refused here, before a folder is made
 
 
 # ---- The run ----
@@ -455,15 +455,15 @@ class Run:
         self.num_envs = args.num_envs // self.num_ranks  # of this process
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         self.stop_signal, self.stopped = 0, False
-        self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)  # curves, and what they wait for
+        self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)  # points: not yet written
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.checkpoint = self.open_folder() if self.rank == 0 else None
         if self.num_ranks > 1:
-            importlib.import_module("torch._dynamo")  # imported after init_process_group, it can abort Python's exit
+            importlib.import_module("torch._dynamo")  # if imported after the next line, it can crash Python at exit
             torch.distributed.init_process_group()  # NCCL between GPUs, gloo between CPUs
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            found = [self.checkpoint, self.folder, dataclasses.asdict(args)]  # all must start from the same
+            found = [self.checkpoint, self.folder, dataclasses.asdict(args)]  # those of rank 0, for all
             torch.distributed.broadcast_object_list(found)
             self.checkpoint, self.folder, flags = found
             if flags != dataclasses.asdict(args):
@@ -478,7 +478,7 @@ class Run:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")
         except OSError as error:
-            fail(f"--run-dir {self.folder} cannot be written: {error.strerror}.")
+            fail(f"the run folder (--run-dir) {self.folder} cannot be written: {error.strerror}.")
         try:
             import fcntl
 
@@ -491,25 +491,26 @@ class Run:
         if not paths:
             return None if args.resume is None else load_checkpoint(find_checkpoint(args.resume))
         newest = load_checkpoint(paths[-1])
-        if args.resume is not None and Path(args.resume).resolve() in (self.folder.resolve(), paths[-1].resolve()):
-            self.args = dataclasses.replace(args, resume=newest["args"]["resume"])  # as the run was started
-        flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}
+        resumed = args.resume and Path(args.resume).resolve() in (self.folder.resolve(), paths[-1].resolve())
+        if resumed:  # remember what the run itself was started with, so that its first command still fits
+            self.args = dataclasses.replace(args, resume=newest["args"]["resume"])
+        flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}  # a path may be written in many ways
         changed = [f"--{x.replace('_', '-')}" for x in flags if flags[x] != newest["args"].get(x)]
-        if self.args is args and changed:
+        if changed and not resumed:
             what = f"{self.folder} holds checkpoints up to {paths[-1].name}, of a run with another {', '.join(changed)}"
             fail(f"{what}: continue it with --resume {self.folder}, or name another --run-dir.", code=2)
         return newest
 
     def start(self, **state):
-        """Restore `state` (objects with a state_dict, by name) from the checkpoint, open the curves, say what runs."""
+        """Restore `state` (objects with a state_dict, by name), open the curves, and say what is about to run."""
         self.state, self.start_time = state, time.monotonic()
         try:
-            for name, x in state.items():
-                if self.checkpoint:
+            if self.checkpoint:
+                for name, x in state.items():
                     x.load_state_dict(self.checkpoint[name])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its run folder fits.")
+            fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its folder wrote it.")
         args, running = self.args, self.rank == 0 and not self.finished()
         if running:
             (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
@@ -534,14 +535,14 @@ class Run:
             signal.signal(number, self.request_stop)
 
     def finished(self):
-        """Whether --total-timesteps is reached, or a stop was requested."""
+        """Whether to end: --total-timesteps is reached, or a stop was requested."""
         return self.stopped or self.global_step >= self.args.total_timesteps
 
     def begin_segment(self):
         """Reseed everything random from --seed and the step. Returns the seed for the environments.
 
         So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit. A run stopped by Ctrl-C
-        loses nothing, but a segment begins where none would have: it continues on another path, as good as any.
+        loses no step, but resumes with a segment at an unplanned step: it differs from an uninterrupted run.
         """
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
@@ -551,16 +552,16 @@ class Run:
         return seed
 
     def segment_over(self):
-        """Whether it is time to save: --save-freq or the end is reached, or a stop was requested."""
+        """Whether to save: --save-freq or the end is reached, or a stop was requested."""
         return self.stopped or self.global_step >= self.segment_end
 
     def request_stop(self, number, frame):
         """Ctrl-C or SIGTERM: finish the update in progress, save, stop."""
         self.stop_signal = number
-        if self.num_ranks == 1:  # several processes decide together, in log(); torchrun gives them each Ctrl-C twice
+        if self.num_ranks == 1:  # several processes, which torchrun sends each Ctrl-C twice, decide together in log()
             self.stopped = True
             signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-        os.write(2, b"\nStopping after this update, which will be saved.\n")  # print is not reentrant
+        os.write(2, b"\nStopping: saving a checkpoint first.\n")  # print is not reentrant
 
     def record_step(self, rewards, ended):
         """Count one step of every environment. rewards: (N,), unclipped; ended: (N,), where an episode ended."""
@@ -602,7 +603,7 @@ class Run:
         self.bar.update(min(self.global_step, self.args.total_timesteps) - self.bar.n)
 
     def save(self):
-        """Write checkpoints/{global_step}.pt, with all that --resume and evaluate.py need. It appears whole or not."""
+        """Write checkpoints/{global_step}.pt, with all that --resume and evaluate.py need. Atomic."""
         if not torch.stack([x.isfinite().all() for x in self.state["model"].state_dict().values()]).all():
             self.give_up("a weight is not finite")
         if self.rank > 0:
@@ -643,7 +644,7 @@ class Run:
         code, message = 0, f"Done: {self.folder} is finished. Score it: python evaluate.py {self.folder}"
         if self.global_step < self.args.total_timesteps:
             message = f"Stopped at step {self.global_step:,}. Continue: {launch} {sys.argv[0]} --resume {self.folder}"
-            code = 128 + (self.stop_signal or signal.SIGTERM)  # another process may have got the signal
+            code = 128 + (self.stop_signal or signal.SIGTERM)  # which another process may have received
         if self.rank == 0:
             if not (self.folder / "checkpoints" / f"{self.global_step:012d}.pt").exists():
                 fail(f"the last checkpoint could not be written: --resume {self.folder} continues from an earlier one.")
@@ -669,8 +670,7 @@ def list_checkpoints(run_dir):
 
 def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
-    paths = list_checkpoints(path)
-    found = paths[-1] if paths else Path(path)
+    found = max(list_checkpoints(path), default=Path(path))
     if not found.is_file():
         fail(f"{path} holds no checkpoint: name the folder of one run, or a .pt file.")
     return found
@@ -679,7 +679,7 @@ def find_checkpoint(path):
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Safe for untrusted files; refuses damaged ones."""
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums, and skips a weight marked as a folder
+        with zipfile.ZipFile(path) as file:  # torch.load checks no checksums, and skips weights marked as folders
             if file.testzip() or any(entry.external_attr & 0x10 for entry in file.infolist()):
                 raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -687,12 +687,12 @@ def load_checkpoint(path):
             raise ValueError
         return checkpoint
     except Exception as error:  # a damaged file can raise almost anything
-        fail(f"{path} is damaged, or no checkpoint of this version ({type(error).__name__}). Remove or avoid it.")
+        fail(f"{path} cannot be read: damaged, or no checkpoint of this version ({type(error).__name__}).")
 
 
 def read_args():
     """Args from the command line. With --resume, flags that are not given are those of the run."""
-    args = tyro.cli(Args, description=__doc__)  # first to see --resume, then with the run's flags as defaults
+    args = tyro.cli(Args, description=__doc__)  # parsed twice: to find --resume, then with the run's flags as defaults
     if args.resume is not None:
         path = find_checkpoint(args.resume)
         checkpoint = load_checkpoint(path)
@@ -702,7 +702,7 @@ def read_args():
         try:
             saved = Args(**checkpoint["args"] | {"run_dir": run_dir})
         except TypeError:
-            fail(f"{path} was written by {checkpoint['script']}.py, whose flags are not those of this script.")
+            fail(f"{path} was written by {checkpoint['script']}.py with other flags than this script has.")
         args = tyro.cli(Args, description=__doc__, default=saved)
         if args.env_id != saved.env_id:
             fail(f"--env-id {args.env_id} does not match the checkpoint's {saved.env_id}.", code=2)
@@ -716,4 +716,4 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        fail(f"not enough memory, lower --num-envs for example: {' '.join(str(error).split())[:160]}")
+        fail(f"not enough memory, try smaller batches or fewer environments: {' '.join(str(error).split())[:160]}")

@@ -16,15 +16,15 @@
     python ppo_cartpole.py
     python evaluate.py runs/<run>
 
-Measured: CartPole-v1 500.0 ± 0.0 (10 seeds, 100 greedy episodes each, 80,000 steps, 21 to 27 s on two CPU cores).
+Measured: CartPole-v1 500.0 ± 0.0 (mean ± std of 10 seeds, 100 greedy episodes each) after 80,000 steps, half a minute.
 
 For any Gymnasium environment with vector observations and discrete actions. --env-id my_module:MyEnv-v0 is one of your
 own, registered by my_module.py beside this file.
 
-openai/baselines adds to the paper, and so does this file: orthogonal initialization, Adam's epsilon of 1e-5,
-advantages normalized per minibatch, gradients clipped to a global norm. Unlike in either, an episode that is truncated
-(at CartPole's 500 steps) is not treated as terminated: its last observation is bootstrapped. Hyperparameters are based
-on rl-baselines3-zoo's; twice the learning rate learns faster, --target-kl avoids a collapse in one run of twenty.
+Like openai/baselines, this file adds to the paper: orthogonal initialization, Adam's epsilon of 1e-5, advantages
+normalized per minibatch, gradients clipped to a global norm. Unlike both, it does not treat an episode truncated
+(at CartPole's 500 steps) as terminated: the value of its last observation is bootstrapped. Hyperparameters are based on
+rl-baselines3-zoo's; twice the learning rate learns faster, and without --target-kl, one run in twenty collapses.
 """
 
 import dataclasses
@@ -62,12 +62,12 @@ class Args:
     num_envs: int = 8  # environments played side by side; more environments decorrelate the batch
     num_steps: int = 32  # steps of each environment between updates (T); longer rollouts bootstrap less
     gamma: float = 0.98  # discount per step; nearer to 1 looks further ahead
-    gae_lambda: float = 0.8  # lower trusts the value function more (biased), higher the rewards (noisy)
+    gae_lambda: float = 0.8  # near 0, advantages rely on the value function (bias); near 1, on rewards (variance)
     num_minibatches: int = 1  # parts a rollout is cut into; more parts give more and noisier gradient steps
-    update_epochs: int = 20  # passes over a rollout; more learn more from each sample but overfit sooner
+    update_epochs: int = 20  # passes over a rollout; more passes use each sample better but overfit sooner
     norm_adv: bool = True  # normalize advantages to mean 0 and std 1 in each minibatch
-    clip_coef: float = 0.2  # a probability ratio farther than this from 1 is pushed no further
-    clip_vloss: bool = False  # clip the value loss likewise: no reward for moving a value further than clip_coef
+    clip_coef: float = 0.2  # no incentive to move a probability ratio farther than this from 1
+    clip_vloss: bool = False  # clip the value loss likewise: no gain from moving a value farther than clip_coef
     ent_coef: float = 0.0  # weight of the entropy bonus; larger explores longer
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients with a larger global L2 norm are scaled down to this
@@ -77,7 +77,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # random seed; on a CPU, the same seed and number of threads repeat a run bit for bit
     run_dir: str | None = None  # run folder: the same command again continues there; None: a new one in runs/
-    save_freq: int = 20_000  # steps between checkpoints; all episodes start anew after each (see begin_segment)
+    save_freq: int = 20_000  # steps between checkpoints; all episodes start anew after each
     resume: str | None = None  # run folder or checkpoint to resume; flags you pass override the saved ones
     cuda: bool = False  # use the GPU if there is one
     torch_deterministic: bool = True  # only deterministic cuDNN kernels; off may be faster
@@ -196,8 +196,8 @@ class Rollout:
 def compute_gae(rewards, values, next_values, terminated, ended, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16). All (T, N); returns advantages, returns.
 
-    next_values[t] is the value of what followed step t: of the final observation where the episode was truncated. It is
-    ignored where terminated: only then there is no future. `ended` is either; the λ-sum stops there.
+    next_values[t]: value of the observation after step t; at a truncation, of the final one; unused at a termination,
+    after which there is no future. ended: terminated or truncated, where the λ-sum stops.
     """
     advantages = torch.empty_like(rewards)
     next_advantage = torch.zeros_like(rewards[0])  # (N,)
@@ -225,7 +225,7 @@ def ppo_loss(agent, minibatch, args):
     policy_loss = -torch.min(ratio * mb_advantages, clipped_ratio * mb_advantages).mean()
 
     value_loss = (new_values - mb_returns) ** 2
-    if args.clip_vloss:  # the larger error: a value that moved clip_coef toward its return gets no further gradient
+    if args.clip_vloss:  # take the larger error: a value that moved clip_coef toward its return gets no gradient
         clipped_values = mb_values + (new_values - mb_values).clamp(-args.clip_coef, args.clip_coef)
         value_loss = torch.max(value_loss, (clipped_values - mb_returns) ** 2)
     value_loss = 0.5 * value_loss.mean()
@@ -246,7 +246,7 @@ def ppo_loss(agent, minibatch, args):
 def ppo_update(agent, optimizer, batch, args):
     """Take minibatch steps on `batch` from Rollout.flatten. Returns each metric's mean over all gradient steps."""
     batch_size, device = len(batch[0]), batch[0].device
-    history = []  # metrics of each gradient step, kept on the device: reading them here would wait for it every time
+    history = []  # metrics of each gradient step, kept on the device: reading each would wait for it
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
             minibatch = [x.index_select(0, mb_inds) for x in batch]  # 10 times as fast as x[mb_inds] for frames
@@ -318,7 +318,7 @@ def train(args):
 
             # Log
             unexplained = (returns - rollout.values).var() / returns.var()
-            metrics["explained_variance"] = (1 - unexplained).nan_to_num(0, neginf=0)  # 0 where all returns are equal
+            metrics["explained_variance"] = torch.where(returns.var() > 0, 1 - unexplained, 0)
             run.log(metrics, learning_rate=optimizer.param_groups[0]["lr"])
         run.save()
 
@@ -330,7 +330,7 @@ def train(args):
 
 
 def spread_seed(*key):
-    """Hash integers to a seed below 2**30. Environment i gets seed + i: runs 1, 2, 3 must not share environments."""
+    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: number i gets seed + i."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
@@ -338,7 +338,7 @@ def make_envs(args, num_envs, seed, training, render=False):
     """`num_envs` seeded copies of --env-id, for training and scoring alike. An episode that ends restarts on the same
     step: obs is then the first of the new one, and infos["final_obs"] has the last of the old one.
     """
-    render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment knows the word
+    render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment accepts it
     makers = [lambda: gym.make(args.env_id, **render_mode)] * num_envs
     try:
         envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -349,7 +349,7 @@ def make_envs(args, num_envs, seed, training, render=False):
     obs, actions = envs.single_observation_space, envs.single_action_space
     vectors = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
     if not (vectors and isinstance(actions, gym.spaces.Discrete) and actions.start == 0):
-        fail(f"--env-id {args.env_id} has {obs} and {actions}; it needs vectors and discrete actions from 0 on.", 2)
+        fail(f"--env-id {args.env_id} must have vectors and discrete actions from 0, not {obs} and {actions}.", code=2)
     envs.reset(seed=seed)  # for a caller who resets without a seed
     return envs
 
@@ -373,7 +373,7 @@ def check_numbers(args, names, low, high=math.inf):
 
 
 def check_args(args):
-    """Refuse what cannot work, naming the flag, what it got and what it takes."""
+    """Refuse bad flags, each with a sentence that names the flag, its value and what is allowed."""
     check_numbers(args, "total_timesteps save_freq num_envs num_steps num_minibatches update_epochs", 1)
     check_numbers(args, "learning_rate ent_coef vf_coef clip_coef max_grad_norm target_kl", 0)
     check_numbers(args, "gamma gae_lambda", 0, 1)
@@ -384,8 +384,8 @@ def check_args(args):
         fail(f"--num-envs {args.num_envs} cannot be shared equally by {num_ranks} processes.", code=2)
     if batch_size % parts or (args.norm_adv and batch_size == parts):
         least = "2 or more steps, for --norm-adv" if args.norm_adv else "1 or more steps"
-        fail(f"--num-minibatches {parts} must cut a rollout of {batch_size} steps into parts of {least}.", code=2)
-    make_envs(args, 1, args.seed, training=True).close()
+        fail(f"--num-minibatches {parts} must cut {batch_size} steps into equal parts of {least}.", code=2)
+    make_envs(args, 1, args.seed, training=True).close()  # a bad --env-id is refused here, before a folder is made
 
 
 # ---- The run ----
@@ -406,15 +406,15 @@ class Run:
         self.num_envs = args.num_envs // self.num_ranks  # of this process
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         self.stop_signal, self.stopped = 0, False
-        self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)  # curves, and what they wait for
+        self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)  # points: not yet written
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.checkpoint = self.open_folder() if self.rank == 0 else None
         if self.num_ranks > 1:
-            importlib.import_module("torch._dynamo")  # imported after init_process_group, it can abort Python's exit
+            importlib.import_module("torch._dynamo")  # if imported after the next line, it can crash Python at exit
             torch.distributed.init_process_group()  # NCCL between GPUs, gloo between CPUs
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            found = [self.checkpoint, self.folder, dataclasses.asdict(args)]  # all must start from the same
+            found = [self.checkpoint, self.folder, dataclasses.asdict(args)]  # those of rank 0, for all
             torch.distributed.broadcast_object_list(found)
             self.checkpoint, self.folder, flags = found
             if flags != dataclasses.asdict(args):
@@ -429,7 +429,7 @@ class Run:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")
         except OSError as error:
-            fail(f"--run-dir {self.folder} cannot be written: {error.strerror}.")
+            fail(f"the run folder (--run-dir) {self.folder} cannot be written: {error.strerror}.")
         try:
             import fcntl
 
@@ -442,25 +442,26 @@ class Run:
         if not paths:
             return None if args.resume is None else load_checkpoint(find_checkpoint(args.resume))
         newest = load_checkpoint(paths[-1])
-        if args.resume is not None and Path(args.resume).resolve() in (self.folder.resolve(), paths[-1].resolve()):
-            self.args = dataclasses.replace(args, resume=newest["args"]["resume"])  # as the run was started
-        flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}
+        resumed = args.resume and Path(args.resume).resolve() in (self.folder.resolve(), paths[-1].resolve())
+        if resumed:  # remember what the run itself was started with, so that its first command still fits
+            self.args = dataclasses.replace(args, resume=newest["args"]["resume"])
+        flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}  # a path may be written in many ways
         changed = [f"--{x.replace('_', '-')}" for x in flags if flags[x] != newest["args"].get(x)]
-        if self.args is args and changed:
+        if changed and not resumed:
             what = f"{self.folder} holds checkpoints up to {paths[-1].name}, of a run with another {', '.join(changed)}"
             fail(f"{what}: continue it with --resume {self.folder}, or name another --run-dir.", code=2)
         return newest
 
     def start(self, **state):
-        """Restore `state` (objects with a state_dict, by name) from the checkpoint, open the curves, say what runs."""
+        """Restore `state` (objects with a state_dict, by name), open the curves, and say what is about to run."""
         self.state, self.start_time = state, time.monotonic()
         try:
-            for name, x in state.items():
-                if self.checkpoint:
+            if self.checkpoint:
+                for name, x in state.items():
                     x.load_state_dict(self.checkpoint[name])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its run folder fits.")
+            fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its folder wrote it.")
         args, running = self.args, self.rank == 0 and not self.finished()
         if running:
             (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))
@@ -485,14 +486,14 @@ class Run:
             signal.signal(number, self.request_stop)
 
     def finished(self):
-        """Whether --total-timesteps is reached, or a stop was requested."""
+        """Whether to end: --total-timesteps is reached, or a stop was requested."""
         return self.stopped or self.global_step >= self.args.total_timesteps
 
     def begin_segment(self):
         """Reseed everything random from --seed and the step. Returns the seed for the environments.
 
         So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit. A run stopped by Ctrl-C
-        loses nothing, but a segment begins where none would have: it continues on another path, as good as any.
+        loses no step, but resumes with a segment at an unplanned step: it differs from an uninterrupted run.
         """
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
@@ -502,16 +503,16 @@ class Run:
         return seed
 
     def segment_over(self):
-        """Whether it is time to save: --save-freq or the end is reached, or a stop was requested."""
+        """Whether to save: --save-freq or the end is reached, or a stop was requested."""
         return self.stopped or self.global_step >= self.segment_end
 
     def request_stop(self, number, frame):
         """Ctrl-C or SIGTERM: finish the update in progress, save, stop."""
         self.stop_signal = number
-        if self.num_ranks == 1:  # several processes decide together, in log(); torchrun gives them each Ctrl-C twice
+        if self.num_ranks == 1:  # several processes, which torchrun sends each Ctrl-C twice, decide together in log()
             self.stopped = True
             signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-        os.write(2, b"\nStopping after this update, which will be saved.\n")  # print is not reentrant
+        os.write(2, b"\nStopping: saving a checkpoint first.\n")  # print is not reentrant
 
     def record_step(self, rewards, ended):
         """Count one step of every environment. rewards: (N,), unclipped; ended: (N,), where an episode ended."""
@@ -553,7 +554,7 @@ class Run:
         self.bar.update(min(self.global_step, self.args.total_timesteps) - self.bar.n)
 
     def save(self):
-        """Write checkpoints/{global_step}.pt, with all that --resume and evaluate.py need. It appears whole or not."""
+        """Write checkpoints/{global_step}.pt, with all that --resume and evaluate.py need. Atomic."""
         if not torch.stack([x.isfinite().all() for x in self.state["model"].state_dict().values()]).all():
             self.give_up("a weight is not finite")
         if self.rank > 0:
@@ -594,7 +595,7 @@ class Run:
         code, message = 0, f"Done: {self.folder} is finished. Score it: python evaluate.py {self.folder}"
         if self.global_step < self.args.total_timesteps:
             message = f"Stopped at step {self.global_step:,}. Continue: {launch} {sys.argv[0]} --resume {self.folder}"
-            code = 128 + (self.stop_signal or signal.SIGTERM)  # another process may have got the signal
+            code = 128 + (self.stop_signal or signal.SIGTERM)  # which another process may have received
         if self.rank == 0:
             if not (self.folder / "checkpoints" / f"{self.global_step:012d}.pt").exists():
                 fail(f"the last checkpoint could not be written: --resume {self.folder} continues from an earlier one.")
@@ -620,8 +621,7 @@ def list_checkpoints(run_dir):
 
 def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
-    paths = list_checkpoints(path)
-    found = paths[-1] if paths else Path(path)
+    found = max(list_checkpoints(path), default=Path(path))
     if not found.is_file():
         fail(f"{path} holds no checkpoint: name the folder of one run, or a .pt file.")
     return found
@@ -630,7 +630,7 @@ def find_checkpoint(path):
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Safe for untrusted files; refuses damaged ones."""
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums, and skips a weight marked as a folder
+        with zipfile.ZipFile(path) as file:  # torch.load checks no checksums, and skips weights marked as folders
             if file.testzip() or any(entry.external_attr & 0x10 for entry in file.infolist()):
                 raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -638,12 +638,12 @@ def load_checkpoint(path):
             raise ValueError
         return checkpoint
     except Exception as error:  # a damaged file can raise almost anything
-        fail(f"{path} is damaged, or no checkpoint of this version ({type(error).__name__}). Remove or avoid it.")
+        fail(f"{path} cannot be read: damaged, or no checkpoint of this version ({type(error).__name__}).")
 
 
 def read_args():
     """Args from the command line. With --resume, flags that are not given are those of the run."""
-    args = tyro.cli(Args, description=__doc__)  # first to see --resume, then with the run's flags as defaults
+    args = tyro.cli(Args, description=__doc__)  # parsed twice: to find --resume, then with the run's flags as defaults
     if args.resume is not None:
         path = find_checkpoint(args.resume)
         checkpoint = load_checkpoint(path)
@@ -653,7 +653,7 @@ def read_args():
         try:
             saved = Args(**checkpoint["args"] | {"run_dir": run_dir})
         except TypeError:
-            fail(f"{path} was written by {checkpoint['script']}.py, whose flags are not those of this script.")
+            fail(f"{path} was written by {checkpoint['script']}.py with other flags than this script has.")
         args = tyro.cli(Args, description=__doc__, default=saved)
         if args.env_id != saved.env_id:
             fail(f"--env-id {args.env_id} does not match the checkpoint's {saved.env_id}.", code=2)
@@ -667,4 +667,4 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        fail(f"not enough memory, lower --num-envs for example: {' '.join(str(error).split())[:160]}")
+        fail(f"not enough memory, try smaller batches or fewer environments: {' '.join(str(error).split())[:160]}")
