@@ -237,7 +237,11 @@ class ReplayBuffer:
     def load_state_dict(self, state):
         """Continue with a checkpoint's rows. If their file is gone, the buffer starts empty, to be filled again."""
         end = state["num_rows"] * state["num_envs"] * self.fields.itemsize + 8
-        if not self.path.is_file() or np.fromfile(self.path, np.int64, offset=end).tolist() != [state["identity"]]:
+        kept = self.path.is_file() and self.path.stat().st_size == end + 8
+        if not kept or np.fromfile(self.path, np.int64, offset=end).tolist() != [state["identity"]]:
+            tqdm.write(
+                f"{self.path} is gone, or another buffer's: a new one is filled before learning.", file=sys.stderr
+            )
             return
         if (state["num_envs"], state["max_filled"]) != (self.num_envs, self.max_filled):
             fail(f"--num-envs and --buffer-size must stay as they were, unless you remove {self.path}.", code=2)
@@ -497,7 +501,6 @@ def check_disk(args):
 def make_file(path, size):
     """Make a file and reserve its `size` bytes: writing to a hole in it on a full disk would kill the program."""
     try:
-        path.unlink(missing_ok=True)
         with open(path, "wb") as file:
             file.truncate(size)
             if hasattr(os, "posix_fallocate"):  # not on Windows and macOS
