@@ -239,9 +239,7 @@ class ReplayBuffer:
         end = state["num_rows"] * state["num_envs"] * self.fields.itemsize + 8
         kept = self.path.is_file() and self.path.stat().st_size == end + 8
         if not kept or np.fromfile(self.path, np.int64, offset=end).tolist() != [state["identity"]]:
-            tqdm.write(
-                f"{self.path} is gone, or another buffer's: a new one is filled before learning.", file=sys.stderr
-            )
+            tqdm.write(f"{self.path} is gone, or another run's: a new one is filled first.", file=sys.stderr)
             return
         if (state["num_envs"], state["max_filled"]) != (self.num_envs, self.max_filled):
             fail(f"--num-envs and --buffer-size must stay as they were, unless you remove {self.path}.", code=2)
