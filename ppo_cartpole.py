@@ -16,7 +16,7 @@
     python ppo_cartpole.py
     python evaluate.py runs/<run>
 
-Measured: CartPole-v1 500.0 ± 0.0 (mean ± std of 10 seeds, 100 greedy episodes each) after 80,000 steps, 16 s on one CPU core.
+Measured: CartPole-v1 500.0 ± 0.0 (mean ± std of 10 seeds, 100 greedy episodes each; 80,000 steps, 16 s on one core).
 
 For any Gymnasium environment with vector observations and discrete actions. --env-id my_module:MyEnv-v0 is one of your
 own, registered by my_module.py beside this file.
