@@ -405,7 +405,7 @@ class Run:
         self.rank, self.num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.num_envs = args.num_envs // self.num_ranks  # of this process
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        self.stop_signal, self.stopped = 0, False
+        self.stop_signal, self.stopped, self.saved = 0, False, True
         self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)  # points: not yet written
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.checkpoint = self.open_folder() if self.rank == 0 else None
@@ -561,7 +561,6 @@ class Run:
             return
         versions = {"torch": str(torch.__version__), "gymnasium": gym.__version__, "numpy": np.__version__}
         path = self.folder / "checkpoints" / f"{self.global_step:012d}.pt"
-        unfinished = path.with_name("unfinished.tmp")
         try:
             checkpoint = {
                 "format": FORMAT,
@@ -571,13 +570,14 @@ class Run:
                 "versions": versions | {"threads": torch.get_num_threads()},
                 **{name: x.state_dict() for name, x in self.state.items()},
             }
-            with open(unfinished, "wb") as file:
+            with open(path.with_name("unfinished.tmp"), "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())  # or the new name may reach the disk before the data
-            unfinished.replace(path)
+            os.replace(file.name, path)
         except (OSError, RuntimeError) as error:  # torch.save wraps some OSErrors
             tqdm.write(f"{path} could not be written, training continues: {error}", file=sys.stderr)
+        self.saved = path.exists()
 
     def give_up(self, reason):
         """End the program without saving. Several processes all get here."""
@@ -596,9 +596,9 @@ class Run:
         if self.global_step < self.args.total_timesteps:
             message = f"Stopped at step {self.global_step:,}. Continue: {launch} {sys.argv[0]} --resume {self.folder}"
             code = 128 + (self.stop_signal or signal.SIGTERM)  # which another process may have received
+        if not self.saved:
+            fail(f"the last checkpoint could not be written: --resume {self.folder} continues from an earlier one.")
         if self.rank == 0:
-            if not (self.folder / "checkpoints" / f"{self.global_step:012d}.pt").exists():
-                fail(f"the last checkpoint could not be written: --resume {self.folder} continues from an earlier one.")
             self.lock.close()
             print(message)
         return code

@@ -111,6 +111,7 @@ def test_a_run_folder_holds_what_the_design_says(trained):
     assert steps == sorted(saved)
     checkpoint = module.load_checkpoint(module.find_checkpoint(run_dir))
     assert {"format", "script", "args", "global_step", "model", "optimizer", "versions"} <= checkpoint.keys()
+    assert checkpoint["versions"]["threads"] == torch.get_num_threads()  # on which the bits of a run depend
     assert checkpoint["global_step"] == steps[-1]
 
 
@@ -320,17 +321,6 @@ def test_statistics_of_observations_that_are_not_finite_are_not_saved(tmp_path, 
     assert go(ppo_cartpole, *flags({"run_dir": tmp_path, "norm_obs": True, "save_freq": 256})) == 1
     assert "a weight is not finite after 256 steps" in capsys.readouterr().err.splitlines()[-1]
     assert not ppo_cartpole.list_checkpoints(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["ppo_cartpole", "ppo_atari"])
-def test_returns_that_are_all_equal_do_not_end_a_run(name, tmp_path, monkeypatch):
-    """Nothing varies that could be explained."""
-    module = SCRIPTS[name]
-    compute_gae = module.compute_gae
-    monkeypatch.setattr(module, "compute_gae", lambda *a: (compute_gae(*a)[0], torch.ones_like(a[0])))
-    explained = curve(train(module, tmp_path, **SHORT[name]), "losses/explained_variance")
-    assert len(explained) > 2
-    assert {value for _, value in explained} == {0}
 
 
 def test_a_signal_after_the_last_update_does_not_make_a_finished_run_a_stopped_one(
