@@ -249,6 +249,13 @@ def test_a_run_that_began_from_another_goes_on_by_the_same_command(tmp_path, mon
     assert before == files(first)
 
 
+def test_a_finished_run_that_is_resumed_elsewhere_has_nothing_to_do(tmp_path, capsys):
+    first = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
+    capsys.readouterr()
+    assert go(ppo_cartpole, "--resume", first, "--run-dir", tmp_path / "other") == 0
+    assert "could not be written" not in capsys.readouterr().err
+
+
 def test_a_run_goes_on_in_its_folder_though_its_checkpoints_lie_elsewhere(tmp_path):
     run_dir = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
     shutil.move(run_dir / "checkpoints", tmp_path / "elsewhere")

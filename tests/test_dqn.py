@@ -389,6 +389,12 @@ def test_resume_with_other_sizes_is_refused_and_leaves_the_file(changed, stopped
     assert (run_dir / "replay.bin").read_bytes() == content
 
 
+def test_a_total_that_is_already_reached_does_not_cost_the_memory(stopped):
+    run_dir, checkpoint = stopped
+    assert go_on(run_dir, checkpoint, total_timesteps=40, learning_starts=0) == 0
+    assert (run_dir / "replay.bin").exists()
+
+
 @pytest.mark.parametrize("broken", [{"buffer": 3}, {"target_model": {"a": 1}}, {"target_model": None}])
 def test_a_checkpoint_of_an_edited_copy_gets_one_sentence(broken, stopped, capsys):
     run_dir, checkpoint = stopped
