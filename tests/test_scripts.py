@@ -1,7 +1,6 @@
 """What holds for the scripts as files and as commands: what they share, what they say, how they refuse."""
 
 import ast
-import json
 import re
 import shlex
 import shutil
@@ -119,60 +118,6 @@ def test_help_explains_every_flag(script):
     for name, rest in fields:
         assert f"--{name.replace('_', '-')}" in done.stdout
         assert "  # " in rest, f"{name} is not explained"
-
-
-def commands(file):
-    """The `python x.py ...` lines in the code blocks of a Markdown file, but those marked as taking minutes."""
-    blocks = re.findall(r"(?ms)^```(?:bash|sh)\n(.*?)^```", (ROOT / file).read_text())
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines = [line.split("  #")[0].strip() for line in lines if not re.search("  # .*minutes", line)]
-    return [part for line in lines for part in line.split(" && ") if re.match(r"python \w+\.py", part)]
-
-
-def shortened(words):
-    """The same command with as few steps as pass through everything."""
-    name = words[0].removesuffix(".py")
-    if name == "evaluate":
-        return words if "--episodes" in words else [*words, "--episodes", "1"]
-    short = {"total_timesteps": 1000} if "--resume" in words else SHORT[name]
-    for flag in {f"--{key.replace('_', '-')}" for key in short} & set(words):
-        at = words.index(flag)
-        words = words[:at] + words[at + (1 if flag == "--cuda" else 2) :]
-    return words + flags(short)
-
-
-def test_every_command_of_the_readme_runs(tmp_path):
-    assert len(commands("README.md")) >= 8
-    run_commands(commands("README.md"), tmp_path)
-
-
-def run_commands(lines, folder):
-    """In order, in a folder of their own; runs/<run> is the newest run, of the same script where it goes on."""
-    for file in FILES:
-        shutil.copy(ROOT / file, folder)
-    for command in lines:
-        words = shlex.split(command)[1:]
-        runs = sorted(folder.glob("runs/*"), key=lambda path: path.stat().st_mtime)
-        if "--resume" in words:
-            runs = [path for path in runs if f"__{words[0].removesuffix('.py')}__" in path.name]
-        words = [str(runs[-1]) if word == "runs/<run>" else word for word in words]
-        done = run(folder / words[0], *shortened(words)[1:], cwd=folder)
-        no_display = "--render" in words and "found none" in done.stderr
-        assert done.returncode == 0 or no_display, f"{command}\n{done.stderr}"
-
-
-def test_the_environment_of_the_readme_is_learned(tmp_path, monkeypatch):
-    """As a user would: the block saved beside the script, trained, scored. Steering well pays -5 or so, not -40."""
-    (block,) = re.findall(r"(?ms)^```python\n(# my_env\.py.*?)^```", (ROOT / "README.md").read_text())
-    (tmp_path / "my_env.py").write_text(block)
-    for file in ("ppo_cartpole.py", "evaluate.py"):
-        shutil.copy(ROOT / file, tmp_path)
-    arguments = ["--env-id", "my_env:Target-v0", "--total-timesteps", 20_000, "--run-dir", "run"]
-    done = run(tmp_path / "ppo_cartpole.py", *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    done = run(tmp_path / "evaluate.py", "run", "--greedy", "--json", "score.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "score.json").read_text())["mean_return"] > -8
 
 
 def refuse(module, arguments, monkeypatch, capsys):
