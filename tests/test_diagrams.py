@@ -14,7 +14,6 @@ from conftest import ROOT
 import dqn_atari
 import ppo_atari
 
-pytest.importorskip("matplotlib")  # benchmarks/requirements.txt has it
 sys.path.append(str(ROOT / "benchmarks"))
 import diagrams
 
