@@ -10,6 +10,7 @@ import textwrap
 
 import pytest
 from conftest import ROOT, SCRIPTS, SHORT, flags, run
+from test_scripts import definitions
 
 LIMITS = {  # words outside code blocks and tables
     "README.md": 1300,
@@ -108,7 +109,7 @@ def test_the_table_of_flags_is_that_of_the_scripts():
     """Every flag in the order of the scripts, its default in each, and what --help says of it."""
     defaults, meanings = {}, {}
     for script in SCRIPTS:
-        fields = re.findall(r"(?m)^    (\w+): .*? = (.*?)  # (.*)$", names_in(f"{script}.py")["Args"])
+        fields = re.findall(r"(?m)^    (\w+): .*? = (.*?)  # (.*)$", definitions(f"{script}.py")["Args"])
         for name, default, meaning in fields:
             shown = "the file's name" if name == "exp_name" else default.strip('"')
             defaults.setdefault(name, {})[script] = shown
