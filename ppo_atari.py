@@ -17,19 +17,17 @@
     python evaluate.py runs/<run>
 
 Measured over 100 games, trained on CPUs with --bf16: Breakout 390 after 9 million steps (1 seed); Pong 19.6 ± 1.4 (3
-seeds) after 2 million steps and an hour, with the flags in README.md. A step is one action, held for 4 frames.
+seeds) after 2 million steps and an hour, with the flags in benchmarks/README.md. A step is one action for 4 frames.
 
 Hyperparameters are the Atari defaults of openai/baselines. Like baselines, this file adds to the paper: orthogonal
 initialization, Adam's epsilon of 1e-5, advantages normalized per minibatch, a clipped value loss, gradients clipped to
 a global norm. The paper has 3 epochs, four times this weight of the value loss, and a clip range that falls to 0.
 
-Unlike baselines, with (1) to (3) due to ale-py's vector environment:
-(1) Games start with FIRE (if they have it) and idle frames; after losing a life, the agent must press FIRE itself.
-(2) Frame stacks are not cleared when a life is lost.
-(3) The maximum of two frames is taken after conversion to gray.
-(4) A game truncated at 108,000 frames is not lost: the value of its last observation is bootstrapped. (ale-py takes
-    one maximum too many in that observation's newest frame.)
-(5) All games start anew after each checkpoint, so that a killed run can be repeated exactly.
+Unlike baselines:
+(1) ale-py's vector environment presses FIRE at the start of a game but not after a lost life, does not clear frame
+    stacks when a life is lost, and takes the maximum of two frames after conversion to gray.
+(2) A game truncated at 108,000 frames is not lost: the value of its last observation is bootstrapped.
+(3) All games start anew after each checkpoint, so that a killed run can be repeated exactly.
 """
 
 import dataclasses
@@ -43,7 +41,6 @@ import sys
 import time
 import zipfile
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 
 import ale_py
@@ -54,13 +51,14 @@ import tyro
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, VectorWrapper
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ---- Arguments ----
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     env_id: str = "BreakoutNoFrameskip-v4"  # a *NoFrameskip-v4 id, or ALE/*-v5, which adds sticky actions
     total_timesteps: int = 10_000_000  # agent steps (4 frames each) over all games, rounded up to whole rollouts
@@ -259,8 +257,7 @@ def train(args):
 
     while not run.finished():
         # A segment: from one checkpoint to the next, with new games and a seed of its own
-        seed = run.begin_segment()
-        obs, _ = envs.reset(seed=seed)  # (N, 4, 84, 84) uint8
+        obs, _ = envs.reset(seed=run.begin_segment())  # (N, 4, 84, 84) uint8
         while not run.segment_over():
             # Anneal: linearly to 0 at --total-timesteps
             fraction_left = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
@@ -431,10 +428,22 @@ def check_args(args):
     if batch_size % parts or (args.norm_adv and batch_size == parts):
         least = "2 or more steps, for --norm-adv" if args.norm_adv else "1 or more steps"
         fail(f"--num-minibatches {parts} must cut {batch_size} steps into equal parts of {least}.", code=2)
-    if args.save_freq < min(5000 * args.num_envs, args.total_timesteps):
-        length = args.save_freq // args.num_envs  # steps; below 5,000, long games would never be finished
-        print(f"--save-freq {args.save_freq} restarts all games after {length} steps each: raise it.", file=sys.stderr)
+    length = args.save_freq // args.num_envs  # steps of each game between two checkpoints, which start new games
+    if length < 5000 and args.save_freq < args.total_timesteps:
+        print(f"--save-freq {args.save_freq} cuts all games off after {length} steps: raise it.", file=sys.stderr)
+    if args.bf16 and not (args.cuda and torch.cuda.is_available()):
+        check_bf16()
     make_envs(args, 1, args.seed, training=True).close()  # a bad --env-id is refused here, before a folder is made
+
+
+def check_bf16():
+    """Say so where bfloat16 is slower than float32: measured, as not every processor that has it is fast."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        work = {"conv": nn.Conv2d(32, 64, 4, 2).to(dtype), "x": torch.rand(8, 32, 20, 20).to(dtype)}
+        seconds.append(Timer("conv(x).sum().backward()", globals=work).timeit(5).mean)
+    if seconds[1] > seconds[0]:
+        print("--bf16 may be slower than float32 on this processor: leave it off.", file=sys.stderr)
 
 
 # ---- The run ----
@@ -526,7 +535,6 @@ class Run:
             self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1)  # hide points to be logged again
             cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
             where = torch.cuda.get_device_name() if self.device.type == "cuda" else cpu
-            where += f", {self.num_ranks} processes" if self.num_ranks > 1 else ""
             what = f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}"
             print(f"{what}, steps {self.global_step:,} to {args.total_timesteps:,}, in {self.folder}", flush=True)
         bar = dict(total=args.total_timesteps, initial=self.global_step, unit=" steps", unit_scale=True)
@@ -541,8 +549,7 @@ class Run:
     def begin_segment(self):
         """Reseed everything random from --seed and the step. Returns the seed for the environments.
 
-        So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit. A run stopped by Ctrl-C
-        loses no step, but resumes with a segment at an unplanned step: it differs from an uninterrupted run.
+        So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit.
         """
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
@@ -609,16 +616,12 @@ class Run:
         if self.rank > 0:
             return
         versions = {"torch": str(torch.__version__), "gymnasium": gym.__version__, "numpy": np.__version__}
+        versions["threads"] = torch.get_num_threads()  # more of them add in another order
         path = self.folder / "checkpoints" / f"{self.global_step:012d}.pt"
         try:
-            checkpoint = {
-                "format": FORMAT,
-                "script": Path(__file__).stem,
-                "args": dataclasses.asdict(self.args),
-                "global_step": self.global_step,
-                "versions": versions | {"threads": torch.get_num_threads()},
-                **{name: x.state_dict() for name, x in self.state.items()},
-            }
+            checkpoint = {name: x.state_dict() for name, x in self.state.items()}
+            checkpoint |= {"format": FORMAT, "script": Path(__file__).stem, "args": dataclasses.asdict(self.args)}
+            checkpoint |= {"global_step": self.global_step, "versions": versions}
             with open(path.with_name("unfinished.tmp"), "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -711,9 +714,4 @@ def read_args():
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(train(read_args()))
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        fail(f"not enough memory, try smaller batches or fewer environments: {' '.join(str(error).split())[:160]}")
+    sys.exit(train(read_args()))

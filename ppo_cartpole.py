@@ -38,7 +38,6 @@ import sys
 import time
 import zipfile
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -53,7 +52,7 @@ from tqdm import tqdm
 # ---- Arguments ----
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium id with vector observations and discrete actions
     total_timesteps: int = 80_000  # steps over all environments, rounded up to whole rollouts
@@ -280,8 +279,7 @@ def train(args):
 
     while not run.finished():
         # A segment: from one checkpoint to the next, with new episodes and a seed of its own
-        seed = run.begin_segment()
-        obs, _ = envs.reset(seed=seed)  # (N, size)
+        obs, _ = envs.reset(seed=run.begin_segment())  # (N, size)
         while not run.segment_over():
             # Anneal: linearly to 0 at --total-timesteps
             fraction_left = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
@@ -477,7 +475,6 @@ class Run:
             self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1)  # hide points to be logged again
             cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
             where = torch.cuda.get_device_name() if self.device.type == "cuda" else cpu
-            where += f", {self.num_ranks} processes" if self.num_ranks > 1 else ""
             what = f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}"
             print(f"{what}, steps {self.global_step:,} to {args.total_timesteps:,}, in {self.folder}", flush=True)
         bar = dict(total=args.total_timesteps, initial=self.global_step, unit=" steps", unit_scale=True)
@@ -492,8 +489,7 @@ class Run:
     def begin_segment(self):
         """Reseed everything random from --seed and the step. Returns the seed for the environments.
 
-        So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit. A run stopped by Ctrl-C
-        loses no step, but resumes with a segment at an unplanned step: it differs from an uninterrupted run.
+        So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit.
         """
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
@@ -560,16 +556,12 @@ class Run:
         if self.rank > 0:
             return
         versions = {"torch": str(torch.__version__), "gymnasium": gym.__version__, "numpy": np.__version__}
+        versions["threads"] = torch.get_num_threads()  # more of them add in another order
         path = self.folder / "checkpoints" / f"{self.global_step:012d}.pt"
         try:
-            checkpoint = {
-                "format": FORMAT,
-                "script": Path(__file__).stem,
-                "args": dataclasses.asdict(self.args),
-                "global_step": self.global_step,
-                "versions": versions | {"threads": torch.get_num_threads()},
-                **{name: x.state_dict() for name, x in self.state.items()},
-            }
+            checkpoint = {name: x.state_dict() for name, x in self.state.items()}
+            checkpoint |= {"format": FORMAT, "script": Path(__file__).stem, "args": dataclasses.asdict(self.args)}
+            checkpoint |= {"global_step": self.global_step, "versions": versions}
             with open(path.with_name("unfinished.tmp"), "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -662,9 +654,4 @@ def read_args():
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(train(read_args()))
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        fail(f"not enough memory, try smaller batches or fewer environments: {' '.join(str(error).split())[:160]}")
+    sys.exit(train(read_args()))

@@ -233,10 +233,11 @@ DQN = (
 )
 
 
-BF16 = (ppo_atari, PPO[1] | dict(bf16=True))
+BF16 = [(module, settings | dict(bf16=True)) for module, settings in (PPO, DQN)]
+IDS = ["ppo_atari", "dqn_atari", "ppo_atari-bf16", "dqn_atari-bf16"]
 
 
-@pytest.mark.parametrize(("module", "settings"), [PPO, BF16, DQN], ids=["ppo_atari", "bf16", "dqn_atari"])
+@pytest.mark.parametrize(("module", "settings"), [PPO, DQN, *BF16], ids=IDS)
 @pytest.mark.parametrize("probe", [RewardFromActionAndObs, Endless])
 def test_probe_in_frames(module, settings, probe, tmp_path, monkeypatch):
     """Sees what a frame shows; the end of a game or the loss of a life, which never ends it, ends the value."""
@@ -279,17 +280,20 @@ def test_ratio_is_one_before_the_first_gradient_step(module, settings, tmp_path,
     assert (torch.cat(ratios) - 1).abs().max() < 1e-4
 
 
-def test_bf16_is_the_same_network_with_fewer_digits():
+@pytest.mark.parametrize("module", [ppo_atari, dqn_atari])
+def test_bf16_is_the_same_network_with_fewer_digits(module):
     """What is learned from and what learns stay float32; only what the CNN computes loses digits."""
     outputs, gradients = [], []
     for bf16 in (False, True):
-        args = ppo_atari.Args(bf16=bf16)
-        envs = ppo_atari.make_envs(args, 8, seed=0, training=True)
+        args = module.Args(bf16=bf16)
+        envs = module.make_envs(args, 8, seed=0, training=True)
         torch.manual_seed(0)
-        agent = ppo_atari.Agent(envs, args)
-        logits, values = agent(torch.as_tensor(envs.reset()[0]))
-        (100 * logits.square().sum() + values.sum()).backward()
-        outputs.append(torch.cat([logits, values.unsqueeze(-1)], dim=-1).detach())
+        agent = module.Agent(envs, args)
+        found = agent(torch.as_tensor(envs.reset()[0]))
+        if module is dqn_atari:  # Q-values alone
+            found = (found,)
+        (100 * found[0].square().sum() + found[-1].sum()).backward()
+        outputs.append(torch.cat([x.flatten() for x in found]).detach())
         gradients.append(torch.cat([weight.grad.flatten() for weight in agent.parameters()]))
     for (exact, rounded), tolerance in ((outputs, 0.02), (gradients, 0.1)):
         assert exact.dtype == rounded.dtype == torch.float32

@@ -8,6 +8,7 @@ import sys
 import tomllib
 
 import pytest
+import torch
 import tyro
 from conftest import ROOT, SCRIPTS, SHORT, flags, run, train
 
@@ -199,16 +200,26 @@ def test_wrong_usage_gets_one_sentence(script, arguments, named, monkeypatch, ca
     assert not list(tmp_path.iterdir())  # nothing half-written
 
 
-@pytest.mark.parametrize("name", ["ppo_cartpole", "dqn_atari"])
-def test_too_little_memory_gets_one_sentence(name, tmp_path):
-    """At the storage or, with DQN's batch, in the first update."""
-    sizes = {"num_steps": 10**12, "total_timesteps": 10**13}
-    if name == "dqn_atari":
-        sizes = SHORT[name] | {"batch_size": 10**10}
-    done = run(f"{name}.py", *flags(sizes), cwd=tmp_path)
-    assert done.returncode == 1
-    assert f"{name}.py: not enough memory" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("name", ["ppo_atari", "dqn_atari"])
+@pytest.mark.parametrize("slower", [True, False])
+def test_bf16_is_measured_before_it_is_used(name, slower, monkeypatch, capsys):
+    """A processor may have the instructions and be slow all the same: one sentence, and the run goes on."""
+    module = SCRIPTS[name]
+
+    class Clock:
+        def __init__(self, work, globals):
+            exec(work, globals)  # what is measured runs
+            self.mean = 1.0 + slower * (globals["x"].dtype == torch.bfloat16)
+
+        def timeit(self, number):
+            return self
+
+    monkeypatch.setattr(module, "Timer", Clock)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--bf16", "--no-cuda"])
+    assert module.read_args().bf16
+    message = capsys.readouterr().err
+    assert ("--bf16 may be slower" in message) == slower
+    assert message.count("\n") == slower
 
 
 @pytest.mark.parametrize("path", ["nothing", "empty", "empty/no.pt", "text.pt"])
