@@ -327,7 +327,7 @@ def train(args):
             if buffer.filled * args.num_envs >= args.learning_starts:
                 for step in range(run.global_step - args.num_envs + 1, run.global_step + 1):
                     if step % args.train_frequency == 0:
-                        batch = [x.to(run.device) for x in buffer.sample(args.batch_size)]
+                        batch = [x.to(run.device, non_blocking=True) for x in buffer.sample(args.batch_size)]
                         history.append(dqn_update(agent, target_agent, optimizer, batch, args.gamma))
                     if step % args.target_network_frequency == 0:
                         update_target(target_agent, agent, args.tau)

@@ -34,7 +34,7 @@ SETTINGS = {  # two segments, in which episodes are cut off
         "cuda": True,
     },
     "ppo_atari": SHORT["ppo_atari"] | {"update_epochs": 3, "bf16": True, "cuda": True},
-    "dqn_atari": SHORT["dqn_atari"] | {"train_frequency": 2, "cuda": True},
+    "dqn_atari": SHORT["dqn_atari"] | {"train_frequency": 2, "bf16": True, "cuda": True},
 }
 
 # Where the scripts wait for the device: what happens, the waits each time, and a part of their line in the script. An
@@ -60,7 +60,6 @@ PPO = {
 DQN = {
     "environment step": [("send", "actions = epsilon_greedy("), ("read", "actions = epsilon_greedy(")],
     "cut-off": [],
-    "gradient step": 4 * [("send", "batch = [x.to(run.device)")],
     "update": [LOG],
 }
 WAITS = {
@@ -204,7 +203,7 @@ MISTAKES = {  # what a copy may get wrong: the script, what it says, and what th
     ),
     "a minibatch left on the CPU": (
         "dqn_atari",
-        "batch = [x.to(run.device) for x in buffer.sample(args.batch_size)]",
+        "batch = [x.to(run.device, non_blocking=True) for x in buffer.sample(args.batch_size)]",
         "batch = buffer.sample(args.batch_size)",
     ),
     "a network left on the CPU": (
