@@ -16,6 +16,7 @@
     python evaluate.py runs/<run>                           # the newest checkpoint of a run
     python evaluate.py runs/<run> --episodes 100 --greedy   # always the best action
     python evaluate.py runs/<run> --all                     # every checkpoint, into TensorBoard as eval/episodic_return
+    python evaluate.py runs/<run> --follow                  # the same while it trains, and keeps the best as best.pt
     python evaluate.py runs/<run> --video film.mp4          # films the episodes; --render shows them in a window
 
 A checkpoint names the script that wrote it, which builds environments and agent. It must lie beside this file or be
@@ -23,6 +24,9 @@ given with --script, and define Args, Agent(envs, args) with act(obs, greedy), a
 training, render): a vector environment in SAME_STEP mode, with unclipped rewards where training=False.
 """
 
+import contextlib
+import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -42,6 +46,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT = 2  # of a checkpoint; older ones can be read, too
+PATIENCE = 30  # seconds: without a sign of life for so long, a run has ended, and --follow ends, too
 
 # Mean score of uniformly random play and of a professional tester, by ROM name, as DQN Zoo lists them (Quan and
 # Ostrovski 2020, dqn_zoo/atari_data.py); up to 30 idle frames at the start, games cut off after 108,000 frames.
@@ -83,7 +88,8 @@ class Args:
     greedy: bool = False  # always the best action; otherwise act as at the end of training
     cuda: bool = False  # use the GPU if there is one
     all: bool = False  # score every checkpoint of the run, and write the curve to its eval/ folder
-    json: str | None = None  # also write the result to this file; with --all, a list of results
+    follow: bool = False  # score each new checkpoint until the run has ended; its best.pt is the best of them
+    json: str | None = None  # also write the result to this file; with --all or --follow, a list of results
     render: bool = False  # show the episodes in a window, one after the other, at the speed of the game
     video: str | None = None  # film the episodes, one after the other, into this .mp4 file
     script: str | None = None  # the training script, where it is not the one beside this file
@@ -98,8 +104,12 @@ class Args:
             fail(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}.", code=2)
         if self.all and not Path(self.checkpoint).is_dir():
             fail(f"--all takes a run folder, not {self.checkpoint}.", code=2)
-        if (self.render or self.video) and (self.all or (self.num_envs or 1) > 1):
-            fail("--render and --video show one game at a time: leave out --all and --num-envs.", code=2)
+        if self.follow and Path(self.checkpoint).is_file():
+            fail(f"--follow takes a run folder, not {self.checkpoint}.", code=2)
+        if self.follow and self.all:
+            fail("--follow begins with all checkpoints that are there: leave out --all.", code=2)
+        if (self.render or self.video) and (self.all or self.follow or (self.num_envs or 1) > 1):
+            fail("--render and --video show one game at a time: leave out --all, --follow and --num-envs.", code=2)
         if self.video and (Path(self.video).suffix != ".mp4" or not Path(self.video).parent.is_dir()):
             fail(f"--video {self.video} cannot be written: it must be an .mp4 in a folder that exists.", code=2)
         if self.json and (Path(self.json).is_dir() or not Path(self.json).parent.is_dir()):
@@ -143,6 +153,12 @@ def load_checkpoint(path):
         fail(f"{path} cannot be read: damaged, or no checkpoint of this version ({type(error).__name__}).")
 
 
+def find_source(path):
+    """The script.py of the run that wrote a checkpoint, or None; `path` may also be the run's best.pt."""
+    sources = [folder / "script.py" for folder in path.resolve().parents[:2]]
+    return next(filter(Path.is_file, sources), None)
+
+
 def load_script(checkpoint, path, script):
     """The module that wrote `checkpoint`: the file `script` if given, else {name}.py beside this file."""
     name = checkpoint["script"]
@@ -151,8 +167,7 @@ def load_script(checkpoint, path, script):
             fail(f"{path} names the script {name!r}, which is not a bare module name: give the file with --script.")
         script = Path(__file__).with_name(f"{name}.py")
         if not script.is_file():
-            ran = path.resolve().parent.parent / "script.py"
-            hint = f", for instance {ran}" if ran.is_file() else ""
+            hint = f", for instance {ran}" if (ran := find_source(path)) else ""
             fail(f"{path} was written by {name}.py, which is not beside evaluate.py: give it with --script{hint}.")
     spec = importlib.util.spec_from_file_location(Path(script).stem, script)
     if spec is None or not Path(script).is_file():
@@ -176,8 +191,8 @@ def rebuild(path, args, num_envs):
         agent = module.Agent(envs, script_args).to(device)
         agent.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError, AttributeError) as error:
-        ran = path.resolve().parent.parent / "script.py"
-        hint = f"if it was edited since, try --script {ran}" if ran.is_file() else "give the one that ran with --script"
+        ran = find_source(path)
+        hint = f"if it was edited since, try --script {ran}" if ran else "give the one that ran with --script"
         fail(f"{path} does not fit {module.__file__} ({' '.join(str(error).split())[:160]}); {hint}.")
     if broken := [name for name, weights in agent.state_dict().items() if not weights.isfinite().all()]:
         fail(f"{path} holds weights that are not finite, in {broken[0]}: it cannot play.")
@@ -362,7 +377,115 @@ def write_json(result, args):
             fail(f"--json {args.json} could not be written: {error.strerror}.")
 
 
+# ---- Follow ----
+
+
+def is_running(run_dir):
+    """Whether a run is going on: a process holds its lock, or wrote to its curves a moment ago.
+
+    Linux lists all locks. To try the lock would be to hold it for a moment, and a run that starts just then would be
+    refused. Other systems have no list, and it lacks other machines and containers: there, the curves tell.
+    """
+    with contextlib.suppress(OSError):
+        if f":{(run_dir / '.lock').stat().st_ino} " in Path("/proc/locks").read_text():
+            return True
+    return time.time() - max((path.stat().st_mtime for path in run_dir.glob("events.*")), default=0) < PATIENCE
+
+
+def new_checkpoints(run_dir):
+    """Yields the best.pt of an earlier --follow, then each checkpoint as it comes, until the run has ended."""
+    seen, deadline = set(), time.monotonic() + PATIENCE
+    while True:
+        running = is_running(run_dir)  # asked before looking, or what a run saves at its end would be missed
+        while new := [path for path in (*run_dir.glob("best.pt"), *list_checkpoints(run_dir)) if path not in seen]:
+            seen.add(new[0])
+            yield new[0]
+        if not running and (seen or time.monotonic() > deadline):  # a run may be started after its --follow
+            return
+        time.sleep(1)
+
+
+def open_scores(run_dir, args):
+    """The file of results, the curve, and those results in the file that have the same flags: {SHA-256: result}."""
+    (run_dir / "eval").mkdir(exist_ok=True)
+    file, known = open(run_dir / "eval" / "scores.jsonl", "a+"), {}
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{run_dir} is already followed by another process.")
+    except (ImportError, OSError):  # Windows; a file system without locks
+        pass
+    file.seek(0)
+    for line in file:
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # a line that a full disk cut short
+            result = json.loads(line)
+            if all(result[flag] == getattr(args, flag) for flag in ("episodes", "seed", "greedy")):
+                known[result.pop("sha256")] = result
+    return file, SummaryWriter(run_dir / "eval", purge_step=None if known else 0), known  # 0 hides an earlier curve
+
+
+def keep(path, best_path):
+    """Make best_path a hard link to a checkpoint, which costs no disk; a copy where the file system has none."""
+    new = best_path.with_suffix(".tmp")
+    new.unlink(missing_ok=True)  # left by a process that was killed
+    try:
+        new.hardlink_to(path)
+    except OSError:
+        with open(new, "xb") as file:  # x: a new file, for an old one may be a link to another checkpoint
+            file.write(path.read_bytes())
+    new.replace(best_path)
+
+
+def follow(run_dir, args):
+    """Score each checkpoint of a run as it comes, and keep the best. Returns the exit code."""
+    torch.set_num_threads(1)
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(19)  # where the cores do not suffice for both, training goes first
+    print(f"Following {run_dir} until its run has ended. Ctrl-C stops it; the same command goes on.", flush=True)
+    best, best_path, code = None, run_dir / "best.pt", 0
+    try:
+        for path in new_checkpoints(run_dir):
+            if best is None:  # only now: a folder that holds no run stays as it is
+                file, writer, known = open_scores(run_dir, args)
+            checksum = hashlib.sha256(path.read_bytes()).hexdigest()  # best.pt has the same as its checkpoint
+            result, is_new = known.get(checksum), checksum not in known
+            if is_new:
+                result = known[checksum] = score(path, args)
+                report(result)
+                print(json.dumps(result | {"sha256": checksum}), file=file, flush=True)
+                writer.add_scalar("eval/episodic_return", result["mean_return"], result["global_step"])
+                writer.flush()
+                write_json(list(known.values()), args)
+            if best is None or result["mean_return"] > best["mean_return"]:
+                best = result
+                if path != best_path:
+                    keep(path, best_path)
+            if is_new:
+                which = "this one" if best is result else f"that after {best['global_step']:,} steps"
+                print(f"best so far: {which}", flush=True)
+    except KeyboardInterrupt:
+        if best is None:
+            raise
+        code = 130
+    except OSError as error:
+        fail(f"{run_dir} cannot be followed: {error}.")
+    if best is None:
+        fail(f"{run_dir} holds no checkpoint, and no run is writing one.")
+    again = dataclasses.replace(args, checkpoint=str(best_path), follow=False, seed=(args.seed + 1) % 2**32)
+    command = f"python {sys.argv[0]} {best_path} --episodes {args.episodes} --seed {again.seed}"
+    command += " --greedy" * args.greedy + (f" --script {args.script}" if args.script else "")
+    print(f"Best of {len(known)}: {best['mean_return']:.2f} after {best['global_step']:,} steps, kept as {best_path}.")
+    print(f"The best of many is scored too high. On fresh seeds: {command}", flush=True)
+    if code == 0:
+        report(score(best_path, again))
+    return code
+
+
 def main(args):
+    if args.follow:
+        return follow(Path(args.checkpoint), args)
     path = find_checkpoint(args.checkpoint)
     if args.all:
         score_all(Path(args.checkpoint), args)
@@ -374,6 +497,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        sys.exit(main(tyro.cli(Args, description=__doc__)))
     except KeyboardInterrupt:
         fail("stopped before the last episode ended.", code=130)
