@@ -27,6 +27,7 @@ LIMITS = {  # words outside code blocks and tables
     "docs/running.md": 600,
     "docs/differences.md": 800,
 }
+FIELD = r"(?m)^    (\w+): .*? = (.*?)  # (.*)$"  # of a class Args: its name, default and meaning
 PAGES = [*LIMITS, "benchmarks/notebook.md"]
 FOREIGN = {  # flags of other programs, and CleanRL's that are not here
     *"--capture-video --save-model --upload-model --hf-entity".split(),
@@ -109,8 +110,7 @@ def test_the_table_of_flags_is_that_of_the_scripts():
     """Every flag in the order of the scripts, its default in each, and what --help says of it."""
     defaults, meanings = {}, {}
     for script in SCRIPTS:
-        fields = re.findall(r"(?m)^    (\w+): .*? = (.*?)  # (.*)$", definitions(f"{script}.py")["Args"])
-        for name, default, meaning in fields:
+        for name, default, meaning in re.findall(FIELD, definitions(f"{script}.py")["Args"]):
             shown = "the file's name" if name == "exp_name" else default.strip('"')
             defaults.setdefault(name, {})[script] = shown
             meanings.setdefault(name, []).append(meaning)
@@ -119,8 +119,13 @@ def test_the_table_of_flags_is_that_of_the_scripts():
         cells = " | ".join(defaults[name].get(script, "") for script in SCRIPTS)
         text = "; Atari: ".join(dict.fromkeys(meaning)) if name == "env_id" else meaning[0]
         table.append(f"| `--{name.replace('_', '-')}` | {cells} | {text} |")
-    table = "\n".join(table)
-    assert table in (ROOT / "docs/running.md").read_text(), f"It should be:\n{table}"
+    evaluation = [
+        f"| `--{name.replace('_', '-')}` | {default} | {meaning} |"
+        for name, default, meaning in re.findall(FIELD, definitions("evaluate.py")["Args"])
+    ]
+    for lines in (table, evaluation):
+        lines = "\n".join(lines)
+        assert lines in (ROOT / "docs/running.md").read_text(), f"It should be:\n{lines}"
 
 
 def test_the_numbers_of_lines_are_those_of_the_files():
