@@ -29,7 +29,6 @@ rl-baselines3-zoo's; twice the learning rate learns faster, and without --target
 
 import dataclasses
 import difflib
-import importlib
 import json
 import math
 import os
@@ -408,7 +407,7 @@ class Run:
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.checkpoint = self.open_folder() if self.rank == 0 else None
         if self.num_ranks > 1:
-            importlib.import_module("torch._dynamo")  # if imported after the next line, it can crash Python at exit
+            __import__("torch._dynamo")  # if imported after the next line, it can crash Python at exit
             torch.distributed.init_process_group()  # NCCL between GPUs, gloo between CPUs
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
