@@ -1,0 +1,242 @@
+"""Search for better flags with Optuna, then see whether they are better, on seeds that the search has not seen.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/tune.py ppo_cartpole.py --env-id Acrobot-v1 --space learning_rate=1e-4..1e-2,log \\
+        --space num_steps=16,32,64 --trials 30 --seeds 3
+
+Flags that tune.py does not have go to the script: they are the defaults that the best flags are compared with. A trial
+trains with seeds 1001, 1002, ... in turn, and scores each final policy with evaluate.py. Where its mean is below the
+median of earlier trials, it gets no further seed. The best of many trials was lucky, too, so its score is too high:
+the best flags and the defaults are trained anew, with seeds 1, 2, ... The same command again continues its study.
+Another machine that shares the folder can run it at the same time.
+"""
+
+import contextlib
+import difflib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import typing
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import optuna
+import torch
+import tyro
+from optuna.visualization.matplotlib import plot_optimization_history, plot_param_importances
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import evaluate
+
+matplotlib.use("Agg")  # draws into files, also where there is no display
+FIRST_SEED = 1001  # of the search; the comparison counts from 1
+FIXED = {"seed", "run_dir", "resume"}  # flags that each run gets from here
+stopping, children = threading.Event(), set()  # Ctrl-C sets the one and ends the others
+
+
+@dataclass
+class Args:
+    script: tyro.conf.Positional[Path]  # training script; flags that are not listed here go to it
+    space: tyro.conf.UseAppendAction[list[str]]  # name=low..high, name=low..high,log or name=a,b,c; several times
+    trials: int = 30  # choices of flags to try; those that are pruned or fail count
+    seeds: int = 3  # runs of a trial
+    fresh_seeds: int = 10  # runs of the best flags, and of the defaults, to compare them
+    episodes: int = 100  # of each evaluation
+    jobs: int = 1  # runs side by side, each with its share of the threads
+
+
+def parse_space(text, module, defaults):
+    """The name in one --space, and what draws its value for an Optuna trial. Refuses what no run could use."""
+    name, _, wanted = text.partition("=")
+    kinds = typing.get_type_hints(module.Args)
+    if name not in kinds or name in FIXED:
+        close = difflib.get_close_matches(name, kinds.keys() - FIXED) or sorted(kinds.keys() - FIXED)
+        evaluate.fail(f"--space {text}: the script has no {name!r} to tune. Close: {', '.join(close)}.", 2)
+    between = re.fullmatch(r"(.+?)\.\.(.+?)(,log)?", wanted)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            words = between.groups()[:2] if between else wanted.split(",")
+            values = [tyro.cli(kinds[name], args=[word], console_outputs=False) for word in words]
+    except SystemExit:
+        evaluate.fail(f"--space {text}: write {name}=low..high[,log] or {name}=a,b,c, with values that it takes.", 2)
+    low, high, log = values[0], values[-1], wanted.endswith(",log")
+    grows = {type(low), type(high)} <= {int, float} and low < high < np.inf and (low > 0 or not log)
+    if not (grows if between else len(set(values)) == len(values) > 1):
+        rule = "a range goes from one number to a larger one (with log, from above 0), a list has several, each once"
+        evaluate.fail(f"--space {text} is empty: {rule}.", 2)
+    if hasattr(module, "check_args"):  # what the script would refuse, in its own sentence
+        for value in values:
+            module.check_args(replace(defaults, **{name: value}))
+    if not between:
+        return name, lambda trial: trial.suggest_categorical(name, values)
+    suggest = optuna.Trial.suggest_int if type(low) is int else optuna.Trial.suggest_float
+    return name, lambda trial: suggest(trial, name, low, high, log=log)
+
+
+def stop(number, frame):
+    """Ctrl-C or SIGTERM: kill -9 all runs. Started again, each repeats what it would have done."""
+    signal.signal(number, signal.SIG_DFL)  # a second one ends this program at once
+    stopping.set()
+    os.write(2, b"\nStopping. The same command goes on from here.\n")  # print is not reentrant
+    for process in list(children):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def execute(command, output):
+    """Run a command, with its output in a file. RuntimeError: it failed. SystemExit: stop() ended it."""
+    command = [sys.executable, *command[1:]]
+    with open(output, "a") as file:  # in a process group of its own, which a terminal's Ctrl-C does not reach
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, process_group=0)
+    children.add(process)
+    if stopping.is_set():  # before it was among the children
+        os.killpg(process.pid, signal.SIGKILL)
+    code = process.wait()
+    children.discard(process)
+    if code:
+        last_line = re.split(r"[\r\n]", output.read_text(errors="replace").strip())[-1]
+        raise SystemExit(130) if stopping.is_set() else RuntimeError(f"{last_line} (exit code {code})")
+
+
+def commands(args, flags, params, seed, run_dir):
+    """The two commands that train with these parameters and score the result."""
+    tuned = {name.replace("_", "-"): value for name, value in params.items()}
+    tuned = [f"--{'' if x else 'no-'}{name}" if isinstance(x, bool) else f"--{name}={x}" for name, x in tuned.items()]
+    train = ["python", args.script, *flags, *tuned, "--seed", seed, "--run-dir", run_dir]
+    score = ["python", os.path.relpath(evaluate.__file__), run_dir, "--script", args.script]
+    score += ["--episodes", args.episodes, "--seed", seed]
+    return list(map(str, train)), list(map(str, score))
+
+
+def score_of(args, flags, params, seed, folder):
+    """Train and score. Continues a run that was ended; does not repeat one that was scored."""
+    run_dir = folder / f"seed_{seed}"
+    if not (run_dir / "score.json").exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        train, score = commands(args, flags, params, seed, run_dir)
+        execute(train, run_dir / "output.txt")
+        execute([*score, "--json", str(run_dir / "score.tmp")], run_dir / "output.txt")
+        os.replace(run_dir / "score.tmp", run_dir / "score.json")
+        for path in sorted(run_dir.glob("checkpoints/*.pt"))[:-1]:
+            path.unlink()  # in Atari, each takes 20 MB
+    score = json.loads((run_dir / "score.json").read_text())["mean_return"]
+    if not np.isfinite(score):
+        raise RuntimeError(f"its score is {score}")
+    return score
+
+
+def run_trial(trial, args, flags, space, out):
+    """What Optuna maximizes: the mean score over seeds."""
+    params, scores = {name: draw(trial) for name, draw in space.items()}, []
+    folder = out / f"trial_{trial.user_attrs.get('again', trial.number)}"  # of its first attempt
+    try:
+        for i in range(args.seeds):
+            scores.append(score_of(args, flags, params, FIRST_SEED + i, folder))
+            trial.report(np.mean(scores), i)
+            if i + 1 < args.seeds and trial.should_prune():
+                raise optuna.TrialPruned
+    except RuntimeError as error:
+        tqdm.write(f"Trial {trial.number} failed with {params}: {error}")
+        raise
+    return np.mean(scores)
+
+
+def count(study):
+    """How many trials have ended. One that was killed and queued again has not."""
+    trials = study.get_trials(deepcopy=False)
+    return sum(trial.state.is_finished() for trial in trials) - sum("again" in trial.user_attrs for trial in trials)
+
+
+def search(study, args, flags, space, out, lock):
+    """Run trials until --trials have ended, here and on other machines."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else is here: what seems to run was killed
+        for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+            study.enqueue_trial(trial.params, {"again": trial.user_attrs.get("again", trial.number)})
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    options = dict(n_trials=args.trials - count(study), n_jobs=args.jobs, catch=RuntimeError, show_progress_bar=True)
+    if options["n_trials"] > 0:
+        enough = [lambda study, trial: study.stop() if count(study) >= args.trials else None]
+        study.optimize(lambda trial: run_trial(trial, args, flags, space, out), **options, callbacks=enough)
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the last trials of other machines
+    complete = sorted(study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)), key=lambda trial: -trial.value)
+    print(f"{count(study)} trials have ended, {len(complete)} with all seeds from {FIRST_SEED} on. The best of these:")
+    for trial in complete[:3]:
+        print(f"{trial.value:10.2f}  {trial.params}")
+    if not complete:
+        evaluate.fail(f"no trial ended well: the output.txt in {out} say why.")
+
+
+def compare(study, args, flags, out):
+    """Train the best flags and the defaults with fresh seeds, and print them side by side."""
+    best, means, random = study.best_trial, {}, np.random.default_rng(0)
+    print(f"With seeds 1 to {args.fresh_seeds}, which the search has not seen: mean, 95% bootstrap interval")
+    for side, params in ((f"best_{best.number}", best.params), ("defaults", {})):
+        with ThreadPoolExecutor(args.jobs) as pool:
+            runs = [pool.submit(score_of, args, flags, params, i + 1, out / side) for i in range(args.fresh_seeds)]
+            for run in tqdm(runs, desc=side, unit=" runs"):
+                run.exception()  # waits for it
+        scores = [run.result() for run in runs if not isinstance(run.exception(), RuntimeError)]
+        if not scores:
+            evaluate.fail(f"all runs failed: the output.txt in {out / side} say why.")
+        means[side] = random.choice(scores, (10_000, len(scores))).mean(1)  # of resampled seeds
+        low, high = np.percentile(means[side], [2.5, 97.5])
+        each = ["failed" if run.exception() else f"{run.result():.2f}" for run in runs]
+        print(f"{np.mean(scores):10.2f}  {low:.2f} to {high:.2f}  {side}: {', '.join(each)}")
+    low, high = np.percentile(np.subtract(*means.values()), [2.5, 97.5])
+    verdict = "the best flags are better" if low > 0 else "they are worse" if high < 0 else "no difference is shown"
+    print(f"            {low:.2f} to {high:.2f}  difference: {verdict}")
+
+
+def main(args, flags):
+    if min(args.trials, args.seeds, args.fresh_seeds - 1, args.episodes, args.jobs) < 1:
+        evaluate.fail("--trials, --seeds, --episodes and --jobs must be at least 1, --fresh-seeds at least 2.", 2)
+    if fixed := {flag.split("=")[0].strip("-").replace("-", "_") for flag in flags} & FIXED:
+        evaluate.fail(f"--{fixed.pop().replace('_', '-')} is set for each run: leave it out.", 2)
+    folder = os.path.relpath(args.script.parent)
+    sys.path.insert(0, folder)  # an environment of one's own lies beside the script
+    module = evaluate.load_script({"script": args.script.stem}, args.script, args.script)
+    defaults = tyro.cli(module.Args, prog=args.script.name, args=flags)  # refuses what the script would
+    space = dict(parse_space(text, module, defaults) for text in args.space)
+    what = json.dumps([args.script.read_text(), flags, sorted(args.space), args.seeds, args.episodes])
+    out = Path(f"runs/tune__{args.script.stem}__{hashlib.sha256(what.encode()).hexdigest()[:8]}")
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(f"{out}/journal.log"))
+    study = optuna.create_study(storage=journal, study_name=out.name, direction="maximize", load_if_exists=True)
+    print(f"{count(study)} of {args.trials} trials have ended. Watch: optuna-dashboard {out}/journal.log", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    with open(out / ".lock", "w") as lock:
+        search(study, args, flags, space, out, lock)
+        compare(study, args, flags, out)
+    warnings.simplefilter("ignore")  # Optuna calls its drawings experimental
+    for plot in (plot_param_importances, plot_optimization_history):
+        plot(study).figure.savefig(out / f"{plot.__name__.removeprefix('plot_')}.png", bbox_inches="tight")
+    train, score = commands(args, flags, study.best_params, 1, out / "again")
+    print(f"Pictures and policies are in {out}. To train the best flags again, with seed 1, to the same score:")
+    print(
+        f"  export OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} PYTHONPATH={shlex.quote(os.environ['PYTHONPATH'])}"
+    )
+    print(f"  {shlex.join(train)} && {shlex.join(score)}")
+
+
+if __name__ == "__main__":
+    main(*tyro.cli(Args, description=__doc__, return_unknown_args=True))
