@@ -216,8 +216,8 @@ def main(args, flags):
     what = json.dumps([args.script.read_text(), flags, sorted(args.space), args.seeds, args.episodes])
     out = Path(f"runs/tune__{args.script.stem}__{hashlib.sha256(what.encode()).hexdigest()[:8]}")
     out.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    threads = os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))
+    paths = os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(f"{out}/journal.log"))
     study = optuna.create_study(storage=journal, study_name=out.name, direction="maximize", load_if_exists=True)
@@ -232,9 +232,7 @@ def main(args, flags):
         plot(study).figure.savefig(out / f"{plot.__name__.removeprefix('plot_')}.png", bbox_inches="tight")
     train, score = commands(args, flags, study.best_params, 1, out / "again")
     print(f"Pictures and policies are in {out}. To train the best flags again, with seed 1, to the same score:")
-    print(
-        f"  export OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} PYTHONPATH={shlex.quote(os.environ['PYTHONPATH'])}"
-    )
+    print(f"  export OMP_NUM_THREADS={threads} PYTHONPATH={shlex.quote(paths)}")
     print(f"  {shlex.join(train)} && {shlex.join(score)}")
 
 
