@@ -27,7 +27,7 @@ import threading
 import typing
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
@@ -50,7 +50,7 @@ stopping, children = threading.Event(), set()  # Ctrl-C sets the one and ends th
 @dataclass
 class Args:
     script: tyro.conf.Positional[Path]  # training script; flags that are not listed here go to it
-    space: tyro.conf.UseAppendAction[list[str]]  # name=low..high, name=low..high,log or name=a,b,c; several times
+    space: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)  # name=low..high[,log] or name=a,b,c
     trials: int = 30  # choices of flags to try; those that are pruned or fail count
     seeds: int = 3  # runs of a trial
     fresh_seeds: int = 10  # runs of the best flags, and of the defaults, to compare them
@@ -204,8 +204,8 @@ def compare(study, args, flags, out):
 
 
 def main(args, flags):
-    if min(args.trials, args.seeds, args.fresh_seeds - 1, args.episodes, args.jobs) < 1:
-        evaluate.fail("--trials, --seeds, --episodes and --jobs must be at least 1, --fresh-seeds at least 2.", 2)
+    if min(len(args.space), args.trials, args.seeds, args.fresh_seeds - 1, args.episodes, args.jobs) < 1:
+        evaluate.fail("give at least one --space, --fresh-seeds 2, and 1 for --trials, --seeds, --episodes, --jobs.", 2)
     if fixed := {flag.split("=")[0].strip("-").replace("-", "_") for flag in flags} & FIXED:
         evaluate.fail(f"--{fixed.pop().replace('_', '-')} is set for each run: leave it out.", 2)
     folder = os.path.relpath(args.script.parent)

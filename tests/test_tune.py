@@ -394,6 +394,7 @@ def test_the_last_line_trains_the_best_flags_and_finds_their_score(start, monkey
         ("--space gamma=0.9,0.99 --env-id CartPol-v1", "CartPole-v1"),
         ("--space gamma=0.9,0.99 --seed 3", "--seed"),
         ("--space gamma=0.9,0.99 --run_dir=here", "--run-dir"),
+        ("--gamma 0.9", "--space"),
         ("--space gamma=0.9,0.99 --jobs 0", "--jobs"),
         ("--space gamma=0.9,0.99 --fresh-seeds 1", "--fresh-seeds"),
     ],
