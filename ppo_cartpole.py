@@ -24,7 +24,7 @@ own, registered by my_module.py beside this file.
 Like openai/baselines, this file adds to the paper: orthogonal initialization, Adam's epsilon of 1e-5, advantages
 normalized per minibatch, gradients clipped to a global norm. Unlike both, it does not treat an episode truncated
 (at CartPole's 500 steps) as terminated: the value of its last observation is bootstrapped. Hyperparameters are based on
-rl-baselines3-zoo's; twice the learning rate learns faster, and without --target-kl, one run in twenty collapses.
+rl-baselines3-zoo's; twice the learning rate learns faster, and --target-kl guards against steps too large.
 """
 
 import dataclasses
