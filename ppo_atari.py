@@ -127,9 +127,8 @@ class Agent(nn.Module):
         x = obs.contiguous(memory_format=torch.channels_last).float()  # from bytes, so a copy: div_ leaves obs alone
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):  # weights stay float32
             x = self.network(x.div_(255))  # (N, 512)
-        with torch.autocast(obs.device.type, enabled=False):  # heads in float32: ratios near 1 need the precision
-            x = x.float()
-            return self.actor(x), self.critic(x).squeeze(-1)
+        x = x.float()  # heads in float32: probability ratios near 1 need the precision
+        return self.actor(x), self.critic(x).squeeze(-1)
 
     def act(self, obs, greedy):
         """For evaluate.py: obs (N, 4, 84, 84) uint8 -> actions (N,) int64, the likeliest or sampled as in training."""
@@ -263,8 +262,8 @@ def train(args):
             fraction_left = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = args.learning_rate * fraction_left
 
-            # Collect. Autocast keeps the weights that it has cast until its end, here for the whole rollout.
-            with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=args.bf16):
+            # Collect
+            with torch.no_grad():
                 for t in range(args.num_steps):
                     rollout.obs[t] = torch.as_tensor(obs)
                     logits, rollout.values[t] = agent(rollout.obs[t])
