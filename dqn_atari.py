@@ -17,14 +17,14 @@
     python evaluate.py runs/<run>
 
 Measured: Pong 19.5 (1 seed, 100 games, 1.4 million steps, with the flags in benchmarks/README.md). The defaults have
-not been run to their end. A step is one action for 4 frames. The replay memory is a file in the run folder: 7.1
+not been run to their end. A step is one action, held for 4 frames. The replay memory is a file in the run folder: 7.1
 GB for a million steps, and 3.5 GB for the steps between two checkpoints. A finished run removes it.
 
 Hyperparameters are those of CleanRL's published scores. The paper instead has 50 million steps, RMSProp, a clipped
 error, learning from step 50,000, a target network copied every 10,000 gradient steps, and exploration that falls to
 0.1. Unlike CleanRL:
-(1) ale-py's vector environment presses FIRE at the start of a game but not after a lost life, does not clear frame
-    stacks when a life is lost, and takes the maximum of two frames after conversion to gray.
+(1) ale-py's vector environment presses FIRE at the start of a game but not after a lost life, starts frame stacks with
+    zeros and does not clear them when a life is lost, and takes the maximum of two frames after conversion to gray.
 (2) A game truncated at 108,000 frames is not lost: the value of its last observation is bootstrapped.
 (3) All games start anew after each checkpoint, so that a killed run can be repeated exactly.
 (4) Orthogonal initialization: PyTorch's own takes many more gradient steps to notice the first rewards.
