@@ -1,4 +1,4 @@
-"""Seconds that a program spends in its parts. Not a program: growth.py and dqn_parts.py use it."""
+"""Seconds that a program spends in its parts. Not a program: growth.py and limit.py use it."""
 
 import time
 

@@ -6,7 +6,7 @@
     python benchmarks/growth.py evaluation runs/<run>  # evaluate.py, with 1 to 32 environments
 
 Each prints a table; with --out NAME it also writes NAME.csv and draws NAME.png. The replay buffer's own is
-dqn_parts.py; for two processes against one, give speed.py a command with torchrun.
+replay_buffer.py; for two processes against one, give speed.py a command with torchrun.
 """
 
 import contextlib

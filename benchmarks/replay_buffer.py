@@ -1,8 +1,7 @@
-"""Where the time of dqn_atari.py goes, and what its replay buffer costs.
+"""What the replay buffer of dqn_atari.py costs: time to add and to sample, and memory, while it fills.
 
-    python benchmarks/dqn_parts.py time --num-envs 8   # milliseconds per gradient step of a short run, by part
-    python benchmarks/dqn_parts.py buffer              # fills the default buffer: time to add and to sample, memory
-    python benchmarks/dqn_parts.py buffer --plain      # the same in plain memory instead of a mapped file
+    python benchmarks/replay_buffer.py            # of the default size
+    python benchmarks/replay_buffer.py --plain    # the same in plain memory instead of a mapped file
 
 The buffer's file, 10.6 GB, is made in the current folder, and removed.
 """
@@ -15,41 +14,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import tyro
-from clock import Clock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dqn_atari
-
-
-def time_parts(env_id: str = "PongNoFrameskip-v4", num_envs: int = 8, steps: int = 4000, cuda: bool = False):
-    """Train for `steps` steps after learning has started."""
-    clock = Clock(cuda)
-
-    def update(*args, **kwargs):
-        update.count += 1
-        if update.count == 250:  # things have warmed up
-            clock.start()
-        return gradient_step(*args, **kwargs)
-
-    update.count, gradient_step = 0, dqn_atari.dqn_update
-    dqn_atari.dqn_update = update
-    clock.time("environment", dqn_atari.AtariGames, "step")
-    clock.time("network, to act", dqn_atari.Agent, "forward")
-    clock.time("buffer, add", dqn_atari.ReplayBuffer, "add")
-    clock.time("buffer, sample", dqn_atari.ReplayBuffer, "sample")
-    clock.time("gradient step", dqn_atari, "dqn_update")
-    with tempfile.TemporaryDirectory() as folder:
-        settings = dict(buffer_size=20_000, learning_starts=1000, exploration_fraction=0.1, cuda=cuda)
-        dqn_atari.train(
-            dqn_atari.Args(
-                env_id=env_id, num_envs=num_envs, total_timesteps=2000 + steps, run_dir=f"{folder}/run", **settings
-            )
-        )
-        total = clock.stop()
-    count = update.count - 250
-    for part, value in (clock.seconds | {"all else": total - sum(clock.seconds.values())}).items():
-        print(f"{part:16} {1e3 * value / count:6.2f} ms per gradient step, {value / total:4.0%}")
-    print(f"{4 * count / total:.1f} steps/s with {num_envs} games")
 
 
 class Plain(np.ndarray):
@@ -99,4 +66,4 @@ def fill_buffer(capacity: int = 1_000_000, spare: int = 500_000, num_envs: int =
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"time": time_parts, "buffer": fill_buffer}, description=__doc__)
+    tyro.cli(fill_buffer, description=__doc__)
