@@ -48,8 +48,9 @@ class Limit:
         self.envs.reset(seed=1)
         self.actions = np.random.default_rng(1).integers(0, self.envs.single_action_space.n, (1000, args.num_envs))
         bf16 = getattr(args, "bf16", False)
-        networks = [agent.actor, agent.critic]  # CartPole
-        if hasattr(agent, "network"):
+        if not hasattr(agent, "network"):  # CartPole
+            networks = [agent.actor, agent.critic]
+        else:
             networks = [agent.network if self.is_dqn else nn.Sequential(agent.network, agent.actor)]
         masters = copy.deepcopy(nn.ModuleList(networks)).to(device)  # what the optimizer updates, in float32
         for parameter in masters.parameters():
