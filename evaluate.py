@@ -438,11 +438,26 @@ def keep(path, best_path):
     new.replace(best_path)
 
 
-def follow(run_dir, args):
-    """Score each checkpoint of a run as it comes, and keep the best. Returns the exit code."""
+@contextlib.contextmanager
+def lowest_priority():
+    """Where the cores do not suffice for both, training goes first."""
     torch.set_num_threads(1)
     if hasattr(os, "nice"):  # not on Windows
-        os.nice(19)  # where the cores do not suffice for both, training goes first
+        os.nice(19)
+    group, before = Path("/proc/self/autogroup"), None  # Linux weighs terminals, and heeds nice only within each
+    with contextlib.suppress(OSError):
+        before = group.read_text().split()[-1]
+        group.write_text("19")
+    try:
+        yield
+    finally:
+        if before is not None:
+            with contextlib.suppress(OSError):
+                group.write_text(before)
+
+
+def follow(run_dir, args):
+    """Score each checkpoint of a run as it comes, and keep the best. Returns the exit code."""
     print(f"Following {run_dir} until its run has ended. Ctrl-C stops it; the same command goes on.", flush=True)
     best, best_path, code = None, run_dir / "best.pt", 0
     try:
@@ -485,7 +500,8 @@ def follow(run_dir, args):
 
 def main(args):
     if args.follow:
-        return follow(Path(args.checkpoint), args)
+        with lowest_priority():
+            return follow(Path(args.checkpoint), args)
     path = find_checkpoint(args.checkpoint)
     if args.all:
         score_all(Path(args.checkpoint), args)
