@@ -321,7 +321,7 @@ def learn(env_id, target, settings, device, folder, deadline, earlier):
         games, minutes = len(run.recent_returns), earlier + (time.time() - start) / 60
         mean = np.mean(run.recent_returns) if games else np.nan
         reached = games == 100 and mean >= target
-        found.update({"steps": f"{run.global_step:,}", "minutes": f"{minutes:.1f}"})
+        found.update({"steps": f"{run.global_step:,}", "minutes": f"{minutes:.2f}"})
         found.update({"mean of up to 100 games": f"{mean:.1f}", "done": f"{target} reached" if reached else "not yet"})
         run.stopped = run.stopped or reached or time.time() > deadline
 
