@@ -6,8 +6,8 @@
 
 The limit is the work that no such program can do without, and nothing else: steps of the environments, forward passes
 to choose actions, and gradient steps. The bare network does them on data that is already there: float or bfloat16, in
-its memory format, its weights converted beforehand. No sampling, storing, loss, or log. The script and the limit take
-turns of one update each (DQN: 1,000 steps) in one process. Leave the machine alone meanwhile.
+its memory format, its weights converted beforehand. Nothing is compiled. No sampling, storing, loss, or log. The script
+and the limit take turns of one update each (DQN: 1,000 steps) in one process. Leave the machine alone meanwhile.
 """
 
 import contextlib
@@ -69,6 +69,8 @@ class Limit:
         with torch.no_grad():
             for network in self.networks:
                 network(self.few)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the games wait for the actions
 
     def learn(self):
         if self.is_dqn:  # the target network's pass

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS
@@ -45,7 +46,7 @@ def test_everything_is_found_out_and_what_fails_stops_nothing(tmp_path):
     for part, _, column in found:
         parts.setdefault(part, {})[column] = None
     assert {part: list(columns) for part, columns in parts.items()} == {
-        "Machine": ["GPU", "processor", "versions", "commit"],
+        "Machine": ["GPU", "processor", "versions"],
         "Right": ["loss differs by", "gradients differ by", "same actions", "right"],
         "The same again": ["trained again", "resumed"],
         "Steps per second": ["plain", "--bf16", "torch.compile"],
@@ -68,8 +69,12 @@ def test_everything_is_found_out_and_what_fails_stops_nothing(tmp_path):
     table = (tmp_path / "results/gpu.md").read_text()
     assert all(value in table for value in found.values())
 
-    # again: only what failed is tried again
+    assert not [x for x in psutil.process_iter(["cmdline"]) if f"{tmp_path}/peer.py" in (x.info["cmdline"] or [])]
+
+    # again: nothing is done twice, and what failed is tried again on request
     done, again = run(tmp_path, *flags)
+    assert done.returncode == 0 and again == found and "minutes left" not in done.stdout
+    done, again = run(tmp_path, *flags, "--retry")
     assert done.returncode == 0 and done.stdout.count("minutes left") == 1
     assert again.keys() == found.keys()
     assert {key for key in found if again[key] != found[key]} <= {("Steps per second", "no_such_file.py", "plain")}
@@ -156,4 +161,15 @@ def test_without_a_gpu_or_with_another_machines_results_it_says_so(tmp_path):
     results = gpu.Results(tmp_path / "results")
     results.add(gpu.Task("Machine", "this one", "GPU", None), {"GPU": "another"})
     done, _ = run(tmp_path, "--device", "cpu")
-    assert done.returncode == 1 and "has results of another, this is none: name another folder" in done.stderr
+    assert done.returncode == 1 and "has results of another, not of none: name another folder" in done.stderr
+
+
+def test_a_run_that_cannot_learn_leaves_the_time_to_the_next(tmp_path, monkeypatch, capsys):
+    (tmp_path / gpu.PONG).write_text("a file where the run folder should be")
+    monkeypatch.setattr(gpu, "list_tasks", lambda args, sizes: [])
+    with pytest.raises(SystemExit):
+        gpu.main(gpu.Args(minutes=5, out=tmp_path, device="cpu"))
+    found = gpu.Results(tmp_path).found
+    assert found["Learning", gpu.PONG, "done"].startswith("failed: ")
+    assert found["Learning", gpu.BREAKOUT, "done"] == "all steps"
+    assert "Done. Tables" in capsys.readouterr().out
