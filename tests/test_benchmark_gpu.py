@@ -69,8 +69,6 @@ def test_everything_is_found_out_and_what_fails_stops_nothing(tmp_path):
     table = (tmp_path / "results/gpu.md").read_text()
     assert all(value in table for value in found.values())
 
-    assert not [x for x in psutil.process_iter(["cmdline"]) if f"{tmp_path}/peer.py" in (x.info["cmdline"] or [])]
-
     # again: nothing is done twice, and what failed is tried again on request
     done, again = run(tmp_path, *flags)
     assert done.returncode == 0 and again == found and "minutes left" not in done.stdout
@@ -173,3 +171,13 @@ def test_a_run_that_cannot_learn_leaves_the_time_to_the_next(tmp_path, monkeypat
     assert found["Learning", gpu.PONG, "done"].startswith("failed: ")
     assert found["Learning", gpu.BREAKOUT, "done"] == "all steps"
     assert "Done. Tables" in capsys.readouterr().out
+
+
+def test_a_peer_is_ended(tmp_path):
+    """Also when nothing ends the process that timed it."""
+    (tmp_path / "peer.py").write_text(PEER)
+    assert gpu.peer(f"{tmp_path}/peer.py", gpu.SIZES["cpu"])["plain"]
+    running = [
+        x.info for x in psutil.process_iter(["cmdline", "status"]) if f"{tmp_path}/peer.py" in (x.info["cmdline"] or [])
+    ]
+    assert [x for x in running if x["status"] != psutil.STATUS_ZOMBIE] == []
