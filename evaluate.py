@@ -445,7 +445,7 @@ def lowest_priority():
     if hasattr(os, "nice"):  # not on Windows
         os.nice(19)
     group, before = Path("/proc/self/autogroup"), None  # Linux weighs terminals, and heeds nice only within each
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, IndexError):  # IndexError: the file of a process in no such group is empty
         before = group.read_text().split()[-1]
         group.write_text("19")
     try:
