@@ -1,4 +1,4 @@
-"""Steps per second of training commands on one machine, and the ratio of the first to each of the others.
+"""Steps per second and memory of training commands on one machine, and how many times as fast the first ones are.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py "python ppo_atari.py --no-cuda" "python /path/to/another.py"
@@ -34,6 +34,7 @@ class Args:
     warmup: float = 40.0  # seconds of each command before its first turn: imports, a first fill of a replay buffer
     seconds: float = 40.0  # of a turn, in which a command must log several points of its curves
     rounds: int = 6  # turns of each command
+    ours: int = 1  # how many of the commands, from the first on, are compared with all that follow
 
 
 class Run:
@@ -44,19 +45,23 @@ class Run:
         beside = Path(sys.executable).parent / words[0]  # python or torchrun of this environment
         words[0] = str(beside if beside.exists() else words[0])
         words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words]
-        self.command, self.folder, self.turns = command, Path(folder), []
+        self.command, self.folder, self.turns, self.memory = command, Path(folder), [], 0
         self.output = open(self.folder / "output.txt", "w")
         output = dict(stdout=self.output, stderr=subprocess.STDOUT)
         self.process = subprocess.Popen(words, cwd=folder, **output, start_new_session=True)  # Ctrl-C is ours alone
         self.signal(signal.SIGSTOP)
 
-    def signal(self, number):
-        """Send a signal to the command and to all that it started: torchrun's processes are in groups of their own."""
+    def processes(self):
+        """The command and all that it started: torchrun's processes are in groups of their own."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.process.pid)
-            for one in [process, *process.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.send_signal(number)
+            return [process, *process.children(recursive=True)]
+        return []
+
+    def signal(self, number):
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def turn(self, seconds):
         """Let it go on for a while. Returns when that began and ended; None if it is over, which must not happen."""
@@ -66,6 +71,7 @@ class Run:
         if self.process.poll() is not None:
             return None
         self.signal(signal.SIGSTOP)
+        self.memory = max(self.memory, sum(process.memory_info().rss for process in self.processes()))
         return begin, time.time()
 
     def rates(self):
@@ -86,6 +92,11 @@ class Run:
             first, last = points[0], points[-1]
             rates.append((last.step - first.step) / (last.wall_time - first.wall_time))
         return rates
+
+
+def quartiles(values, digits):
+    low, median, high = (f"{value:,.{digits}f}" for value in np.percentile(values, [25, 50, 75]))
+    return f"{median} ({low} to {high})"
 
 
 def main(args):
@@ -112,11 +123,11 @@ def main(args):
             bar.update(seconds)
         bar.close()
         rates = np.array([run.rates() for run in runs])  # (commands, rounds)
-    print("median (lowest to highest) of the turns, and how many times as fast the first command was")
-    for run, rate in zip(runs, rates, strict=True):
-        ratios = rates[0] / rate
-        print(f"{np.median(rate):7.1f} steps/s ({rate.min():.1f} to {rate.max():.1f}), ", end="")
-        print(f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})  {run.command}")
+    print("steps/s: median (quartiles) of the turns; GB: the most at the end of a turn; then, how many times as fast")
+    for i, (run, rate) in enumerate(zip(runs, rates, strict=True)):
+        print(f"{quartiles(rate, 1)} steps/s, {run.memory / 1e9:.2f} GB: {run.command}")
+        for ours, theirs in zip(runs[: min(i, args.ours)], rates[: min(i, args.ours)], strict=True):
+            print(f"    {quartiles(theirs / rate, 2)} times as fast: {ours.command}")
 
 
 if __name__ == "__main__":
