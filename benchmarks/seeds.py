@@ -5,7 +5,7 @@
     python benchmarks/seeds.py --script ppo_atari.py --seeds 1 --threshold 30 100 400 --keep runs/breakout
 
 Runs one after the other, each as a user would type it; `seconds` is all of training, imports included. --keep leaves
-the run folders, from which a run that was stopped goes on with --resume; its seconds are then yours to add up.
+the run folders: after a crash, the same command goes on where it was. Of runs that it goes on with, `seconds` is empty.
 """
 
 import csv
@@ -42,13 +42,13 @@ class Args:
     keep: Path | None = None  # keep the run folders in this one, named by their seeds; None: remove them
 
 
-def first_reached(run_dir, threshold, start):
-    """Step and seconds since `start` at which the mean return of the last 20 episodes first was >= threshold."""
+def first_reached(run_dir, threshold):
+    """Step, and time of the clock, at which the mean return of the last 20 episodes first was >= threshold."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload().Scalars("charts/episodic_return")
     returns = np.array([event.value for event in events])
     for i in range(20, len(returns) + 1):
         if returns[i - 20 : i].mean() >= threshold:
-            return events[i - 1].step, round(events[i - 1].wall_time - start, 1)
+            return events[i - 1].step, events[i - 1].wall_time
     return None, None
 
 
@@ -73,17 +73,20 @@ def one_run(args, seed, folder):
     commands = [["--seed", str(seed), "--run-dir", run_dir, *shlex.split(args.flags)]]
     if args.then is not None:
         commands += [["--resume", run_dir, *shlex.split(args.then)]]
-    start = time.time()
+    start = None if run_dir.exists() else time.time()  # None: a run that goes on, whose time is not known
     for flags in commands:
         subprocess.run([sys.executable, ROOT / args.script, *flags], check=True)
-    seconds = time.time() - start
+    end = time.time()
     score = score_of(run_dir, args.episodes, args.greedy)
-    row = {"seed": seed, "steps": score["global_step"], "seconds": round(seconds, 1)}
+    row = {"env_id": score["env_id"], "seed": seed, "steps": score["global_step"]}
+    row |= {"seconds": start and round(end - start, 1)}
     for threshold in args.threshold:
-        step, after = first_reached(run_dir, threshold, start)
-        row |= {f"steps_to_{threshold:g}": step, f"seconds_to_{threshold:g}": after}
+        step, when = first_reached(run_dir, threshold)
+        row[f"steps_to_{threshold:g}"] = step
+        row[f"seconds_to_{threshold:g}"] = start and when and round(when - start, 1)
     row |= {name: round(score[name], 3) for name in ("mean_return", "std_return")}
-    return row | {"min_return": min(score["returns"]), "truncated": score["truncated"], "episodes": args.episodes}
+    row |= {"human_normalized": score["human_normalized"], "min_return": min(score["returns"])}
+    return row | {"truncated": score["truncated"], "episodes": args.episodes}
 
 
 def main(args):
