@@ -32,7 +32,7 @@ FIELD = r"(?m)^    (\w+): .*? = (.*?)  # (.*)$"  # of a class Args: its name, de
 PAGES = [*LIMITS, "benchmarks/notebook.md"]
 FOREIGN = {  # flags of other programs, and CleanRL's that are not here
     *"--capture-video --save-model --upload-model --hf-entity".split(),
-    *"--help --nproc-per-node --nnodes --node-rank --master-addr --master-port --logdir".split(),
+    *"--env --help --nproc-per-node --nnodes --node-rank --master-addr --master-port --logdir".split(),
 }
 
 
