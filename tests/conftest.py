@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, one on each core;
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 
 import dqn_atari
 import ppo_atari
@@ -89,6 +90,12 @@ def reload(module, run_dir):
 def script(request):
     """Each training script's name in turn."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def count_event_files_from_zero(monkeypatch):
+    """TensorBoard reads files of one second by the order of a number in their names, of which 10 is before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 @pytest.fixture(autouse=True)
