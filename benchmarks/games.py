@@ -4,10 +4,12 @@
 
 A file holds the runs of one game, a row per seed. Prints a line per game, and the interquartile mean of the
 human-normalized scores: the mean of the middle half of all runs, with its 95% interval over the seeds (Agarwal et al.
-2021, arXiv 2108.13264, section 4). --out draws the curves, from the files of the same names in the folder `curves`.
+2021, arXiv 2108.13264, section 4). The interval speaks of these games alone, and is too narrow for few seeds. --out
+draws the curves, from the files of the same names in the folder `curves`.
 """
 
 import csv
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,18 +41,23 @@ def interval(scores, resamples=10_000):
     return np.percentile(interquartile_mean(np.take_along_axis(scores[None], picks, axis=1)), [2.5, 97.5])
 
 
+def normalized(rows):
+    """The human-normalized scores of a game; none where nobody has published what they are made from."""
+    return [float(row["human_normalized"]) for row in rows if row["human_normalized"]]
+
+
 def table(games):
     """Lines in Markdown. The middle seed has the median score, the lower one of two."""
     lines = ["| game | score | each seed | middle seed | human-normalized | minutes |", "|---|---|---|---|---|---|"]
     for rows in games:
         scores = np.array([float(row["mean_return"]) for row in rows])
         middle = rows[np.argsort(scores)[(len(scores) - 1) // 2]]["seed"]
-        human = np.mean([float(row["human_normalized"]) for row in rows])
+        human = f"{np.mean(normalized(rows)):.2f}" if normalized(rows) else "–"
         minutes = ", ".join(f"{float(row['seconds']) / 60:.0f}" if row["seconds"] else "–" for row in rows)
         each = ", ".join(f"{score:,.1f}" for score in scores)
         spread = f" ± {scores.std(ddof=1):,.1f}" if len(scores) > 1 else ""
         score = f"{scores.mean():,.1f}{spread}"
-        lines.append(f"| {rows[0]['env_id']} | {score} | {each} | {middle} | {human:.2f} | {minutes} |")
+        lines.append(f"| {rows[0]['env_id']} | {score} | {each} | {middle} | {human} | {minutes} |")
     return "\n".join(lines)
 
 
@@ -75,13 +82,18 @@ def main(args):
     for path in args.files:
         with open(path, newline="") as file:
             games.append(list(csv.DictReader(file)))
+        if not games[-1] or not {"env_id", "human_normalized"} <= games[-1][0].keys():
+            sys.exit(f"games.py: {path} has no runs, or was not written by this version of seeds.py.")
     print(table(games))
-    scores = [[float(row["human_normalized"]) for row in rows] for rows in games]
-    if len({len(game) for game in scores}) == 1:
+    scores = [normalized(rows) for rows in games]
+    if len({len(game) for game in scores}) > 1 or len(scores[0]) < 2:
+        print("\nNo interquartile mean: it takes two human-normalized scores or more of each game, equally many.")
+    else:
         scores = np.array(scores).T  # (seeds, games)
         low, high = interval(scores)
+        doubt = "" if len(scores) >= 10 else ", too narrow for so few seeds"
         print(f"\nInterquartile mean of the human-normalized scores: {interquartile_mean(scores):.2f}", end=" ")
-        print(f"({low:.2f} to {high:.2f}), {len(scores)} seeds of each of {scores.shape[1]} games")
+        print(f"({low:.2f} to {high:.2f}{doubt}), {len(scores)} seeds of each of {scores.shape[1]} games")
     if args.out:
         draw(args.files, games, args.out)
         print(args.out)

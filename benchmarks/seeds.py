@@ -5,7 +5,8 @@
     python benchmarks/seeds.py --script ppo_atari.py --seeds 1 --threshold 30 100 400 --keep runs/breakout
 
 Runs one after the other, each as a user would type it; `seconds` is all of training, imports included. --keep leaves
-the run folders: after a crash, the same command goes on where it was. Of runs that it goes on with, `seconds` is empty.
+the run folders: after a crash, the same command goes on where it was. Of runs that were there before, `seconds` is
+empty, and commit and machine are those of the last command.
 """
 
 import csv
@@ -74,8 +75,11 @@ def one_run(args, seed, folder):
     if args.then is not None:
         commands += [["--resume", run_dir, *shlex.split(args.then)]]
     start = None if run_dir.exists() else time.time()  # None: a run that goes on, whose time is not known
-    for flags in commands:
-        subprocess.run([sys.executable, ROOT / args.script, *flags], check=True)
+    for i, flags in enumerate(commands):
+        done = run_dir / f"command_{i + 1}_done"  # once the second has begun, the first would be refused
+        if not done.exists():
+            subprocess.run([sys.executable, ROOT / args.script, *flags], check=True)
+            done.touch()
     end = time.time()
     score = score_of(run_dir, args.episodes, args.greedy)
     row = {"env_id": score["env_id"], "seed": seed, "steps": score["global_step"]}

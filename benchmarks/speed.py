@@ -40,12 +40,12 @@ class Args:
 class Run:
     """A training command that stands still until it is its turn."""
 
-    def __init__(self, command, folder):
+    def __init__(self, command, folder, ours):
         words = shlex.split(command)
         beside = Path(sys.executable).parent / words[0]  # python or torchrun of this environment
         words[0] = str(beside if beside.exists() else words[0])
         words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words]
-        self.command, self.folder, self.turns, self.memory = command, Path(folder), [], 0
+        self.command, self.folder, self.ours, self.turns, self.memory = command, Path(folder), ours, [], 0
         self.output = open(self.folder / "output.txt", "w")
         output = dict(stdout=self.output, stderr=subprocess.STDOUT)
         self.process = subprocess.Popen(words, cwd=folder, **output, start_new_session=True)  # Ctrl-C is ours alone
@@ -71,7 +71,8 @@ class Run:
         if self.process.poll() is not None:
             return None
         self.signal(signal.SIGSTOP)
-        self.memory = max(self.memory, sum(process.memory_info().rss for process in self.processes()))
+        with contextlib.suppress(psutil.NoSuchProcess):  # pages that processes share count for each
+            self.memory = max(self.memory, sum(process.memory_info().rss for process in self.processes()))
         return begin, time.time()
 
     def rates(self):
@@ -102,8 +103,8 @@ def quartiles(values, digits):
 def main(args):
     with contextlib.ExitStack() as stack:
         runs = []
-        for command in args.commands:
-            run = Run(command, stack.enter_context(tempfile.TemporaryDirectory()))
+        for i, command in enumerate(args.commands):
+            run = Run(command, stack.enter_context(tempfile.TemporaryDirectory()), i < args.ours)
             stack.callback(run.signal, signal.SIGKILL)
             runs.append(run)
         turns = [(run, args.warmup, False) for run in runs] + [(run, args.seconds, True) for run in runs] * args.rounds
@@ -126,8 +127,9 @@ def main(args):
     print("steps/s: median (quartiles) of the turns; GB: the most at the end of a turn; then, how many times as fast")
     for i, (run, rate) in enumerate(zip(runs, rates, strict=True)):
         print(f"{quartiles(rate, 1)} steps/s, {run.memory / 1e9:.2f} GB: {run.command}")
-        for ours, theirs in zip(runs[: min(i, args.ours)], rates[: min(i, args.ours)], strict=True):
-            print(f"    {quartiles(theirs / rate, 2)} times as fast: {ours.command}")
+        for other, its_rate in zip(runs[:i], rates[:i], strict=True):
+            if other.ours:
+                print(f"    {quartiles(its_rate / rate, 2)} times as fast: {other.command}")
 
 
 if __name__ == "__main__":

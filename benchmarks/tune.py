@@ -5,10 +5,10 @@
         --space num_steps=16,32,64 --trials 30 --seeds 3
 
 Flags that tune.py does not have go to the script: they are the defaults that the best flags are compared with. A trial
-trains with seeds 1001, 1002, ... in turn, and scores each final policy with evaluate.py. Where its mean is below the
-median of earlier trials, it gets no further seed. The best of many trials was lucky, too, so its score is too high:
-the best flags and the defaults are trained anew, with seeds 1, 2, ... The same command again continues its study.
-Another machine that shares the folder can run it at the same time.
+trains with seeds 1001, 1002, ... in turn, and scores each final policy with evaluate.py. Where its mean falls behind
+the median of earlier ones, it gets no further seed. The best of many trials was lucky, so its score is too high: the
+best flags and the defaults are trained anew, with seeds 1, 2, ... The same command again continues its study. Another
+machine that shares the folder can run it at the same time.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
-"""benchmarks/games.py: what is published of several games is computed as it says."""
+"""benchmarks/seeds.py and games.py: what is published of several seeds and games is computed as they say."""
 
 import csv
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import games
+import seeds
 
 
 def test_interquartile_mean_leaves_out_a_quarter_at_each_end():
@@ -47,3 +49,50 @@ def test_table_and_picture(tmp_path, capsys):
     assert "| Qbert | 2,000.0 ± 1,734.9 | 900.0, 1,100.0, 4,000.0 | 2 | 100.00 | 60, –, – |" in out
     assert "3 seeds of each of 2 games" in out
     assert (tmp_path / "games.png").stat().st_size > 5000
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["env_id", "seed", "seconds", "mean_return", "human_normalized"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_games_that_cannot_be_compared(tmp_path, capsys):
+    """One without published scores, and one with fewer seeds, still have their line."""
+    pong = [{"env_id": "Pong", "seed": i, "mean_return": 20.0 + i, "human_normalized": 1.0} for i in (1, 2)]
+    cartpole = [{"env_id": "CartPole-v1", "seed": 1, "mean_return": 500.0}]
+    games.main(games.Args([write(tmp_path / "Pong.csv", pong), write(tmp_path / "CartPole.csv", cartpole)]))
+    out = capsys.readouterr().out
+    assert "| Pong | 21.5 ± 0.7 | 21.0, 22.0 | 1 | 1.00 | –, – |" in out
+    assert "| CartPole-v1 | 500.0 | 500.0 | 1 | – | – |" in out
+    assert "No interquartile mean" in out
+    with pytest.raises(SystemExit, match="has no runs"):
+        games.main(games.Args([write(tmp_path / "Empty.csv", [])]))
+
+
+def test_seeds_go_on_where_they_were(tmp_path, monkeypatch):
+    """Also when the second of two commands was cut off: the first, which the run would now refuse, is not repeated."""
+    crash, commands, run_command = [True], [], subprocess.run
+
+    def run(command, **options):
+        script = "evaluate.py" if "evaluate.py" in str(command[1]) else "train"
+        commands.append([script, *map(str, command[2:])])
+        done = run_command(command, **options)
+        if "--resume" in command and crash.pop():
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(seeds.subprocess, "run", run)
+    args = seeds.Args(
+        "ppo_cartpole.py", [1], "--total-timesteps 300", "--total-timesteps 600 --ent-coef 0.01", episodes=2
+    )
+    with pytest.raises(KeyboardInterrupt):
+        seeds.one_run(args, 1, tmp_path)
+    crash.append(False)
+    row = seeds.one_run(args, 1, tmp_path)
+    assert [command[0] for command in commands] == ["train", "train", "train", "evaluate.py"]
+    assert "--resume" in commands[2]
+    assert (row["env_id"], row["seed"], row["steps"], row["seconds"]) == ("CartPole-v1", 1, 768, None)
+    assert row["human_normalized"] is None
