@@ -40,7 +40,7 @@ class Args:
 class Run:
     """A training command that stands still until it is its turn."""
 
-    def __init__(self, command, folder, ours):
+    def __init__(self, command, folder, ours=False):
         words = shlex.split(command)
         beside = Path(sys.executable).parent / words[0]  # python or torchrun of this environment
         words[0] = str(beside if beside.exists() else words[0])
