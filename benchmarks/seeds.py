@@ -77,9 +77,9 @@ def one_run(args, seed, folder):
     start = None if run_dir.exists() else time.time()  # None: a run that goes on, whose time is not known
     for i, flags in enumerate(commands):
         done = run_dir / f"command_{i + 1}_done"  # once the second has begun, the first would be refused
-        if not done.exists():
+        if not done.exists() or done.read_text() != shlex.join(map(str, flags)):
             subprocess.run([sys.executable, ROOT / args.script, *flags], check=True)
-            done.touch()
+            done.write_text(shlex.join(map(str, flags)))
     end = time.time()
     score = score_of(run_dir, args.episodes, args.greedy)
     row = {"env_id": score["env_id"], "seed": seed, "steps": score["global_step"]}

@@ -96,3 +96,6 @@ def test_seeds_go_on_where_they_were(tmp_path, monkeypatch):
     assert "--resume" in commands[2]
     assert (row["env_id"], row["seed"], row["steps"], row["seconds"]) == ("CartPole-v1", 1, 768, None)
     assert row["human_normalized"] is None
+    args.flags = "--total-timesteps 300 --gamma 0.9"
+    with pytest.raises(subprocess.CalledProcessError):  # the folder holds another run
+        seeds.one_run(args, 1, tmp_path)
