@@ -359,7 +359,7 @@ def test_training_goes_first(run_dir, play, nice, monkeypatch):
 
 
 def test_no_group_of_the_terminal_is_no_obstacle(run_dir, play, monkeypatch):
-    """The file is empty in a process that belongs to no session, as in some containers."""
+    """The file is empty in a process that belongs to no such group."""
     read_text = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: "" if path.name == "autogroup" else read_text(path))
     play(10, 20, 30, 30)
