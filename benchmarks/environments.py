@@ -55,7 +55,7 @@ MAKERS = {
 def rate(envs, seconds):
     """Steps per second with random actions, all environments together."""
     envs.reset(seed=1)
-    actions = np.random.default_rng(1).integers(0, 2, (1000, envs.num_envs))
+    actions = np.random.default_rng(1).integers(0, envs.single_action_space.n, (1000, envs.num_envs))
     start, steps = time.perf_counter(), 0
     while time.perf_counter() < start + seconds:
         envs.step(actions[steps % 1000])
