@@ -5,8 +5,8 @@
     python benchmarks/seeds.py --script ppo_atari.py --seeds 1 --threshold 30 100 400 --keep runs/breakout
 
 Runs one after the other, each as a user would type it; `seconds` is all of training, imports included. --keep leaves
-the run folders: after a crash, the same command goes on where it was. Of runs that were there before, `seconds` is
-empty, and commit and machine are those of the last command.
+the run folders: after a crash, the same command goes on where it was, if the script has not changed. Of runs that were
+there before, `seconds` is empty, and commit and machine are those of the last command.
 """
 
 import csv
@@ -74,6 +74,9 @@ def one_run(args, seed, folder):
     commands = [["--seed", str(seed), "--run-dir", run_dir, *shlex.split(args.flags)]]
     if args.then is not None:
         commands += [["--resume", run_dir, *shlex.split(args.then)]]
+    copy = run_dir / "script.py"
+    if copy.exists() and copy.read_bytes() != (ROOT / args.script).read_bytes():
+        sys.exit(f"seeds.py: {run_dir} was trained by another script than {args.script} is now: name another --keep.")
     start = None if run_dir.exists() else time.time()  # None: a run that goes on, whose time is not known
     for i, flags in enumerate(commands):
         done = run_dir / f"command_{i + 1}_done"  # once the second has begun, the first would be refused

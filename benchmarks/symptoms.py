@@ -1,7 +1,7 @@
 """The pictures of docs/debugging.md: runs with one thing broken on purpose, beside runs as they should be.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/symptoms.py --out docs/images
+    python benchmarks/symptoms.py
 
 Seed 1 where no other is given: pictures of what a symptom looks like, not measurements of how often it comes.
 """
@@ -71,7 +71,7 @@ CASES = {  # name of the picture: script, flags of both runs, what is broken (fl
 @dataclass
 class Args:
     only: list[str] = field(default_factory=lambda: list(CASES))  # names of pictures; all, if not given
-    out: Path = Path("docs/images")  # folder for the pictures
+    out: Path = Path("runs/symptoms")  # folder for the pictures
     jobs: int = 1  # runs side by side, each on one thread
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/seeds.py and games.py: what is published of several seeds and games is computed as they say."""
+"""Several seeds, games or changes: seeds.py, games.py, ablations.py and symptoms.py of benchmarks/ do as they say."""
 
 import csv
 import subprocess
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import ablations
 import games
 import seeds
+import symptoms
 
 
 def test_interquartile_mean_leaves_out_a_quarter_at_each_end():
@@ -99,3 +102,31 @@ def test_seeds_go_on_where_they_were(tmp_path, monkeypatch):
     args.flags = "--total-timesteps 300 --gamma 0.9"
     with pytest.raises(subprocess.CalledProcessError):  # the folder holds another run
         seeds.one_run(args, 1, tmp_path)
+
+
+def test_seeds_does_not_take_one_script_for_another(tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "script.py").write_text("print('the original')")
+    with pytest.raises(SystemExit, match="trained by another script than ppo_cartpole.py is now"):
+        seeds.one_run(seeds.Args("ppo_cartpole.py", [1]), 1, tmp_path)
+
+
+def test_ablations_compares_each_change(tmp_path, monkeypatch, capsys):
+    as_it_is = "--total-timesteps 600"
+    monkeypatch.setattr(ablations, "CHANGES", {"as it is": as_it_is, "diverges": f"{as_it_is} --learning-rate 1e38"})
+    monkeypatch.setattr(ablations, "score_of", lambda *_, **options: {"mean_return": float(options["episodes"])})
+    ablations.main(ablations.Args(["as it is", "diverges"], [1], csv=str(tmp_path / "rows.csv")))
+    out = capsys.readouterr().out
+    assert "| as it is | 100.0, 100.0 | 0 of 1 |" in out
+    assert "| diverges | none: NaN | 0 of 1 |" in out
+    rows = list(csv.DictReader(open(tmp_path / "rows.csv")))
+    assert [(row["change"], row["seed"]) for row in rows] == [("as it is", "1"), ("diverges", "1")]
+    assert "nan" in rows[1]["error"]
+
+
+def test_changes_of_ablations_and_symptoms_fit_the_scripts():
+    cases = [("ppo_cartpole.py", change) for change in ablations.CHANGES.values()]
+    cases += [(script, broken) for script, _, broken, _ in symptoms.CASES.values()]
+    for script, change in cases:
+        if not isinstance(change, str):
+            assert (ROOT / script).read_text().count(change[0]) == 1, change
