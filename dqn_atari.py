@@ -32,6 +32,7 @@ error, learning from step 50,000, a target network copied every 10,000 gradient 
 (6) All actions are random until learning starts; only then does epsilon fall.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -239,7 +240,7 @@ class ReplayBuffer:
         end = state["num_rows"] * state["num_envs"] * self.fields.itemsize + 8
         kept = self.path.is_file() and self.path.stat().st_size == end + 8
         if not kept or np.fromfile(self.path, np.int64, offset=end).tolist() != [state["identity"]]:
-            tqdm.write(f"{self.path} is gone, or another run's: a new one is filled first.", file=sys.stderr)
+            tqdm.write(f"{self.path} is gone, or another run's: the replay memory starts empty.", file=sys.stderr)
             return
         if (state["num_envs"], state["max_filled"]) != (self.num_envs, self.max_filled):
             fail(f"--num-envs and --buffer-size must stay as they were, unless you remove {self.path}.", code=2)
@@ -263,11 +264,8 @@ def annealed_epsilon(args, global_step):
 
 @torch.no_grad()
 def td_target(target_agent, rewards, next_obs, terminated, gamma):
-    """The TD target (M,): reward plus discounted best Q-value of what was seen next (Mnih et al. 2015, Methods).
-
-    A truncated game still has its next_obs: only a terminated one has no future.
-    """
-    return rewards + gamma * target_agent(next_obs).max(-1).values * ~terminated
+    """The TD target (M,): reward plus discounted best Q-value of what was seen next (Mnih et al. 2015, Methods)."""
+    return rewards + gamma * target_agent(next_obs).max(-1).values * ~terminated  # truncated games had a future
 
 
 def dqn_update(agent, target_agent, optimizer, batch, gamma):
@@ -535,7 +533,7 @@ class Run:
         self.rank, self.num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.num_envs = args.num_envs // self.num_ranks  # of this process
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        self.stop_signal, self.stopped, self.saved = 0, False, True
+        self.stop_signal, self.stop_time, self.stopped, self.saved = 0, math.inf, False, True
         self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)  # points: not yet written
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.checkpoint = self.open_folder() if self.rank == 0 else None
@@ -635,12 +633,14 @@ class Run:
         return self.stopped or self.global_step >= self.segment_end
 
     def request_stop(self, number, frame):
-        """Ctrl-C or SIGTERM: finish the update in progress, save, stop."""
-        self.stop_signal = number
-        if self.num_ranks == 1:  # several processes, which torchrun sends each Ctrl-C twice, decide together in log()
-            self.stopped = True
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-        os.write(2, b"\nStopping: saving a checkpoint first.\n")  # print is not reentrant
+        """Ctrl-C or SIGTERM: finish the update in progress, save, stop. A second one ends the program at once."""
+        if self.num_ranks == 1 and time.monotonic() > self.stop_time + 1:  # sooner, it is the first one, sent twice
+            os._exit(128 + number)
+        self.stop_signal, self.stop_time = number, min(self.stop_time, time.monotonic())
+        self.stopped = self.num_ranks == 1  # several processes decide together in log()
+        self.bar.disable = True  # it could no longer be printed: Ctrl-C also ends the `tee` of `2>&1 | tee log`
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nStopping: saving a checkpoint first.\n")  # print is not reentrant
 
     def record_step(self, rewards, ended):
         """Count one step of every environment. rewards: (N,), unclipped; ended: (N,), where an episode ended."""
@@ -724,7 +724,8 @@ class Run:
             fail(f"the last checkpoint could not be written: --resume {self.folder} continues from an earlier one.")
         if self.rank == 0:
             self.lock.close()
-            print(message)
+            with contextlib.suppress(OSError):
+                os.write(2 if code else 1, f"{message}\n".encode())
         return code
 
 

@@ -31,6 +31,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -405,6 +406,11 @@ def new_checkpoints(run_dir):
         time.sleep(1)
 
 
+def what_decides(args):
+    """The flags that a score depends on."""
+    return [args.episodes, args.seed, args.greedy, args.num_envs, args.script]
+
+
 def open_scores(run_dir, args):
     """The file of results, the curve, and those results in the file that have the same flags: {SHA-256: result}."""
     (run_dir / "eval").mkdir(exist_ok=True)
@@ -419,11 +425,14 @@ def open_scores(run_dir, args):
         pass
     file.seek(0)
     for line in file:
-        with contextlib.suppress(KeyError, TypeError, ValueError):  # a line that a full disk cut short
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # a full disk cut it short
             result = json.loads(line)
-            if all(result[flag] == getattr(args, flag) for flag in ("episodes", "seed", "greedy")):
+            if result.pop("flags") == what_decides(args):
                 known[result.pop("sha256")] = result
-    return file, SummaryWriter(run_dir / "eval", purge_step=None if known else 0), known  # 0 hides an earlier curve
+    writer = SummaryWriter(run_dir / "eval", purge_step=0)  # hides the earlier curve, which may be of other flags
+    for step, result in {result["global_step"]: result for result in known.values()}.items():
+        writer.add_scalar("eval/episodic_return", result["mean_return"], step)
+    return file, writer, known
 
 
 def keep(path, best_path):
@@ -444,6 +453,7 @@ def lowest_priority():
     torch.set_num_threads(1)
     if hasattr(os, "nice"):  # not on Windows
         os.nice(19)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which would otherwise skip the end of this
     group, before = Path("/proc/self/autogroup"), None  # Linux weighs terminals, and heeds nice only within each
     with contextlib.suppress(OSError, IndexError):  # IndexError: the file of a process in no such group is empty
         before = group.read_text().split()[-1]
@@ -469,10 +479,10 @@ def follow(run_dir, args):
             if is_new:
                 result = known[checksum] = score(path, args)
                 report(result)
-                print(json.dumps(result | {"sha256": checksum}), file=file, flush=True)
+                print(json.dumps(result | {"sha256": checksum, "flags": what_decides(args)}), file=file, flush=True)
                 writer.add_scalar("eval/episodic_return", result["mean_return"], result["global_step"])
                 writer.flush()
-                write_json(list(known.values()), args)
+            write_json(list(known.values()), args)
             if best is None or result["mean_return"] > best["mean_return"]:
                 best = result
                 if path != best_path:

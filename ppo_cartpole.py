@@ -27,6 +27,7 @@ normalized per minibatch, gradients clipped to a global norm. Unlike both, it do
 rl-baselines3-zoo's; twice the learning rate learns faster, and --target-kl guards against steps too large.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -402,7 +403,7 @@ class Run:
         self.rank, self.num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.num_envs = args.num_envs // self.num_ranks  # of this process
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-        self.stop_signal, self.stopped, self.saved = 0, False, True
+        self.stop_signal, self.stop_time, self.stopped, self.saved = 0, math.inf, False, True
         self.writer, self.points, self.recent_returns = None, [], deque(maxlen=100)  # points: not yet written
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.checkpoint = self.open_folder() if self.rank == 0 else None
@@ -502,12 +503,14 @@ class Run:
         return self.stopped or self.global_step >= self.segment_end
 
     def request_stop(self, number, frame):
-        """Ctrl-C or SIGTERM: finish the update in progress, save, stop."""
-        self.stop_signal = number
-        if self.num_ranks == 1:  # several processes, which torchrun sends each Ctrl-C twice, decide together in log()
-            self.stopped = True
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-        os.write(2, b"\nStopping: saving a checkpoint first.\n")  # print is not reentrant
+        """Ctrl-C or SIGTERM: finish the update in progress, save, stop. A second one ends the program at once."""
+        if self.num_ranks == 1 and time.monotonic() > self.stop_time + 1:  # sooner, it is the first one, sent twice
+            os._exit(128 + number)
+        self.stop_signal, self.stop_time = number, min(self.stop_time, time.monotonic())
+        self.stopped = self.num_ranks == 1  # several processes decide together in log()
+        self.bar.disable = True  # it could no longer be printed: Ctrl-C also ends the `tee` of `2>&1 | tee log`
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nStopping: saving a checkpoint first.\n")  # print is not reentrant
 
     def record_step(self, rewards, ended):
         """Count one step of every environment. rewards: (N,), unclipped; ended: (N,), where an episode ended."""
@@ -591,7 +594,8 @@ class Run:
             fail(f"the last checkpoint could not be written: --resume {self.folder} continues from an earlier one.")
         if self.rank == 0:
             self.lock.close()
-            print(message)
+            with contextlib.suppress(OSError):
+                os.write(2 if code else 1, f"{message}\n".encode())
         return code
 
 

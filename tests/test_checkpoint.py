@@ -42,9 +42,9 @@ def go(module, *arguments):
             return "killed"
 
 
-def last_words(capsys):
+def last_words(capfd):
     """What was said since the last call, without progress bars: the lines of stderr."""
-    return [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()]
+    return [line for line in capfd.readouterr().err.splitlines() if "%|" not in line and line.strip()]
 
 
 def files(folder):
@@ -80,13 +80,13 @@ def checkpoint_file(tmp_path):
     return ppo_cartpole.find_checkpoint(train(ppo_cartpole, tmp_path / "made", **SHORT["ppo_cartpole"]))
 
 
-def refusal(path, capsys):
+def refusal(path, capfd):
     """What load_checkpoint says of a file that it must refuse: one sentence, exit code 1."""
-    capsys.readouterr()
+    capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         load_checkpoint(path)
     assert stop.value.code == 1
-    message = capsys.readouterr().err
+    message = capfd.readouterr().err
     assert message.count("\n") == 1
     assert str(path) in message
     return message
@@ -165,7 +165,7 @@ def test_same_seed_same_run_another_seed_another(script, tmp_path, monkeypatch):
     assert np.diff(sorted(seeds)).min() > 4096  # more environments than anyone runs
 
 
-def test_resume_goes_on_with_the_flags_of_the_run_and_those_beside_it(trained, monkeypatch, capsys):
+def test_resume_goes_on_with_the_flags_of_the_run_and_those_beside_it(trained, monkeypatch, capfd):
     module, run_dir, args = trained
     before, rates = module.load_checkpoint(module.find_checkpoint(run_dir)), []
     step = torch.optim.Adam.step
@@ -182,7 +182,7 @@ def test_resume_goes_on_with_the_flags_of_the_run_and_those_beside_it(trained, m
 
     before = files(run_dir)
     assert go(module, "--resume", run_dir) == 0
-    assert f"Done: {run_dir} is finished" in capsys.readouterr().out
+    assert f"Done: {run_dir} is finished" in capfd.readouterr().out
     assert before == files(run_dir)
 
 
@@ -198,7 +198,7 @@ def test_a_tracked_run_goes_on_in_the_same_curves_of_wandb(tmp_path, monkeypatch
     assert {settings["resume"] for settings in told} == {"allow"}
 
 
-def test_the_same_command_again(tmp_path, monkeypatch, capsys):
+def test_the_same_command_again(tmp_path, monkeypatch, capfd):
     """Before the first checkpoint it starts afresh, then it goes on; one that says otherwise is refused."""
     run_dir = tmp_path / "run"
     command = ["--run-dir", run_dir, *flags({"total_timesteps": 768, "save_freq": 256})]
@@ -209,37 +209,37 @@ def test_the_same_command_again(tmp_path, monkeypatch, capsys):
     assert [path.stem for path in ppo_cartpole.list_checkpoints(run_dir)] == ["000000000256"]
     before = files(run_dir)
     for changed in (["--seed", 5], ["--total-timesteps", 1024], ["--norm-obs"], ["--save-freq", 512]):
-        capsys.readouterr()
+        capfd.readouterr()
         assert go(ppo_cartpole, *command, *changed) == 2
-        (message,) = last_words(capsys)
+        (message,) = last_words(capfd)
         assert f"another {changed[0]}: continue it with --resume {run_dir}" in message
     assert before == files(run_dir)
 
     assert go(ppo_cartpole, *command) == 0
-    assert "steps 256 to 768" in capsys.readouterr().out
+    assert "steps 256 to 768" in capfd.readouterr().out
     whole = train(ppo_cartpole, tmp_path / "whole", total_timesteps=768, save_freq=256)
     for part in ("model", "optimizer"):
         assert same(*(reload(ppo_cartpole, folder)[0][part] for folder in (run_dir, whole)))
     before = files(run_dir)
     assert go(ppo_cartpole, *command) == 0
-    assert f"Done: {run_dir} is finished" in capsys.readouterr().out
+    assert f"Done: {run_dir} is finished" in capfd.readouterr().out
     assert before == files(run_dir)
 
 
-def test_a_run_that_began_from_another_goes_on_by_the_same_command(tmp_path, monkeypatch, capsys):
+def test_a_run_that_began_from_another_goes_on_by_the_same_command(tmp_path, monkeypatch, capfd):
     first = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
     before = files(first)
     older, newest = ppo_cartpole.list_checkpoints(first)
     assert go(ppo_cartpole, "--resume", older) == 2
-    (message,) = last_words(capsys)
+    (message,) = last_words(capfd)
     assert newest.name in message
     command = ["--resume", older, "--total-timesteps", 1536, "--run-dir"]
     assert go(ppo_cartpole, *command, tmp_path / "whole") == 0
-    assert "steps 512 to 1,536" in capsys.readouterr().out
+    assert "steps 512 to 1,536" in capfd.readouterr().out
     die_at_save(2, monkeypatch)
     assert go(ppo_cartpole, *command, tmp_path / "killed") == "killed"
     assert go(ppo_cartpole, *command, tmp_path / "killed") == 0
-    assert "steps 768 to 1,536" in capsys.readouterr().out
+    assert "steps 768 to 1,536" in capfd.readouterr().out
     whole, killed = (reload(ppo_cartpole, tmp_path / name)[0] for name in ("whole", "killed"))
     assert same([whole["model"], whole["optimizer"]], [killed["model"], killed["optimizer"]])
 
@@ -249,11 +249,11 @@ def test_a_run_that_began_from_another_goes_on_by_the_same_command(tmp_path, mon
     assert before == files(first)
 
 
-def test_a_finished_run_that_is_resumed_elsewhere_has_nothing_to_do(tmp_path, capsys):
+def test_a_finished_run_that_is_resumed_elsewhere_has_nothing_to_do(tmp_path, capfd):
     first = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
-    capsys.readouterr()
+    capfd.readouterr()
     assert go(ppo_cartpole, "--resume", first, "--run-dir", tmp_path / "other") == 0
-    assert "could not be written" not in capsys.readouterr().err
+    assert "could not be written" not in capfd.readouterr().err
 
 
 def test_a_run_goes_on_in_its_folder_though_its_checkpoints_lie_elsewhere(tmp_path):
@@ -279,7 +279,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path):
     assert not list((tmp_path / "run").glob("checkpoints/*.pt"))
 
 
-def test_nan_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+def test_nan_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, capfd):
     observe, calls = ppo_cartpole.Agent.observe, []
 
     def spoil(agent, obs):
@@ -293,14 +293,14 @@ def test_nan_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_path, monkeypa
     assert go(ppo_cartpole, *flags({"run_dir": tmp_path / "run", "total_timesteps": 2560, "save_freq": 512})) == 1
     (checkpoint,) = ppo_cartpole.list_checkpoints(tmp_path / "run")
     assert checkpoint.stem == "000000000512"
-    message = capsys.readouterr().err.splitlines()[-1]  # and no progress bar after it
+    message = capfd.readouterr().err.splitlines()[-1]  # and no progress bar after it
     assert "value_loss is nan after 1,024 steps" in message
     assert f"{checkpoint} with --resume and a smaller --learning-rate" in message
     assert all(x.isfinite().all() for x in load_checkpoint(checkpoint)["model"].values())
     assert go(ppo_cartpole, "--resume", checkpoint, "--learning-rate", 1e-4) == 0
 
 
-def test_weights_that_the_last_gradient_step_spoilt_are_not_saved(script, tmp_path, monkeypatch, capsys):
+def test_weights_that_the_last_gradient_step_spoilt_are_not_saved(script, tmp_path, monkeypatch, capfd):
     """The losses that it was made from were still finite."""
     module, run_dir = SCRIPTS[script], tmp_path / "run"
     name = "dqn_update" if script == "dqn_atari" else "ppo_update"
@@ -316,22 +316,22 @@ def test_weights_that_the_last_gradient_step_spoilt_are_not_saved(script, tmp_pa
     monkeypatch.setattr(module, name, spoil)
     assert go(module, *flags(settings | {"run_dir": run_dir})) == 1
     (checkpoint,) = module.list_checkpoints(run_dir)
-    message = capsys.readouterr().err.splitlines()[-1]
+    message = capfd.readouterr().err.splitlines()[-1]
     assert "a weight is not finite after" in message
     assert checkpoint.name in message
 
 
-def test_statistics_of_observations_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys):
+def test_statistics_of_observations_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capfd):
     """Their squares leave the range of numbers. What is normalized by such a variance is 0: no loss shows it."""
     update = ppo_cartpole.RunningNorm.update
     monkeypatch.setattr(ppo_cartpole.RunningNorm, "update", lambda norm, x: update(norm, 1e25 * x))
     assert go(ppo_cartpole, *flags({"run_dir": tmp_path, "norm_obs": True, "save_freq": 256})) == 1
-    assert "a weight is not finite after 256 steps" in capsys.readouterr().err.splitlines()[-1]
+    assert "a weight is not finite after 256 steps" in capfd.readouterr().err.splitlines()[-1]
     assert not ppo_cartpole.list_checkpoints(tmp_path)
 
 
 def test_a_signal_after_the_last_update_does_not_make_a_finished_run_a_stopped_one(
-    script, tmp_path, monkeypatch, capsys
+    script, tmp_path, monkeypatch, capfd
 ):
     module, signals = SCRIPTS[script], []
     save = module.Run.save
@@ -344,7 +344,7 @@ def test_a_signal_after_the_last_update_does_not_make_a_finished_run_a_stopped_o
     monkeypatch.setattr(module.Run, "save", signal_at_the_end)
     run_dir = train(module, tmp_path, **SHORT[script])
     assert len(signals) == 1
-    assert f"Done: {run_dir} is finished" in capsys.readouterr().out
+    assert f"Done: {run_dir} is finished" in capfd.readouterr().out
 
 
 def test_what_a_signal_saves_is_what_an_uninterrupted_run_had_then(script, tmp_path, monkeypatch, capfd):
@@ -367,9 +367,9 @@ def test_what_a_signal_saves_is_what_an_uninterrupted_run_had_then(script, tmp_p
     assert int(path.stem) == 2 * update
     saved, expected = load_checkpoint(path), load_checkpoint(whole / "checkpoints" / path.name)
     assert same([saved["model"], saved["optimizer"]], [expected["model"], expected["optimizer"]])
-    out, err = capfd.readouterr()
+    err = capfd.readouterr().err
     assert err.count("Stopping") == 1
-    assert f"Stopped at step {2 * update:,}. Continue: python x.py --resume {settings['run_dir']}" in out
+    assert f"Stopped at step {2 * update:,}. Continue: python x.py --resume {settings['run_dir']}" in err
     assert go(module, "--resume", settings["run_dir"]) == 0
 
 
@@ -390,14 +390,14 @@ def test_a_signal_saves_and_says_how_to_go_on(script, number, code, tmp_path):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
+    stderr = process.communicate(timeout=60)[1]
     assert process.returncode == code
     assert "Traceback" not in stderr
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = load_checkpoint(checkpoint)["global_step"]
     assert step > 0
     assert step % stride(SCRIPTS[script].Args(**settings)) == 0
-    assert stdout.splitlines()[-1] == f"Stopped at step {step:,}. Continue: python {command[1]} --resume run"
+    assert stderr.splitlines()[-1] == f"Stopped at step {step:,}. Continue: python {command[1]} --resume run"
 
 
 def test_two_processes_never_write_one_folder(tmp_path):
@@ -410,13 +410,13 @@ def test_two_processes_never_write_one_folder(tmp_path):
     assert go(ppo_cartpole, "--run-dir", tmp_path / "run", "--total-timesteps", 256) == 0
 
 
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capfd):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
-    (message,) = last_words(capsys)
+    (message,) = last_words(capfd)
     assert "cannot be locked" in message
 
 
@@ -432,26 +432,26 @@ class Payload:
         return os.mkdir, ("payload_ran",)
 
 
-def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_not_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": 1, "script": "ppo_cartpole", "args": {}, "global_step": 0, "model": Payload()}, "evil.pt")
-    refusal("evil.pt", capsys)
+    refusal("evil.pt", capfd)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload()))
-    refusal("plain.pt", capsys)
+    refusal("plain.pt", capfd)
     with pytest.raises(SystemExit):
         evaluate.main(evaluate.Args(checkpoint="evil.pt"))
     assert not (tmp_path / "payload_ran").exists()
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
-def test_a_shortened_checkpoint_is_refused(keep, checkpoint_file, capsys):
+def test_a_shortened_checkpoint_is_refused(keep, checkpoint_file, capfd):
     whole = checkpoint_file.read_bytes()
     checkpoint_file.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
-    assert "damaged" in refusal(checkpoint_file, capsys)
+    assert "damaged" in refusal(checkpoint_file, capfd)
 
 
 @pytest.mark.parametrize("where", ["in a weight", "in what is said of a weight"])
-def test_a_flipped_bit_that_torch_alone_does_not_notice_is_refused(where, checkpoint_file, capsys):
+def test_a_flipped_bit_that_torch_alone_does_not_notice_is_refused(where, checkpoint_file, capfd):
     """The second one calls the weight a directory: torch.load leaves its memory as it found it."""
     whole = bytearray(checkpoint_file.read_bytes())
     with zipfile.ZipFile(checkpoint_file) as file:
@@ -463,20 +463,20 @@ def test_a_flipped_bit_that_torch_alone_does_not_notice_is_refused(where, checkp
         whole[entry + 38] |= 0x10  # its external file attributes (APPNOTE.TXT, 4.3.12)
     checkpoint_file.write_bytes(whole)
     assert torch.load(checkpoint_file, weights_only=True)["format"] == 2
-    assert "damaged" in refusal(checkpoint_file, capsys)
+    assert "damaged" in refusal(checkpoint_file, capfd)
 
 
-def test_other_formats_and_foreign_files_are_refused(checkpoint_file, tmp_path, capsys):
+def test_other_formats_and_foreign_files_are_refused(checkpoint_file, tmp_path, capfd):
     checkpoint = load_checkpoint(checkpoint_file)
     torch.save(checkpoint | {"format": 3}, tmp_path / "newer.pt")
     torch.save(checkpoint["model"], tmp_path / "weights.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     for name in ("newer.pt", "weights.pt", "tensor.pt"):
-        assert "no checkpoint of this version" in refusal(tmp_path / name, capsys)
+        assert "no checkpoint of this version" in refusal(tmp_path / name, capfd)
     torch.save(checkpoint | {"format": 1}, tmp_path / "older.pt")
     assert same(load_checkpoint(tmp_path / "older.pt")["model"], checkpoint["model"])
     assert go(ppo_cartpole, "--resume", tmp_path / "older.pt") == 1
-    (message,) = last_words(capsys)
+    (message,) = last_words(capfd)
     assert "older.pt can only be scored" in message
 
 
@@ -489,12 +489,12 @@ def test_other_formats_and_foreign_files_are_refused(checkpoint_file, tmp_path, 
         ("args", {"no_such": 1}, "was written by ppo_cartpole.py with other flags than this script has"),
     ],
 )
-def test_a_whole_file_that_fits_nothing_gets_one_sentence(part, content, reason, checkpoint_file, capsys):
+def test_a_whole_file_that_fits_nothing_gets_one_sentence(part, content, reason, checkpoint_file, capfd):
     """Not damaged, but from an edited script, or made by hand."""
     torch.save(load_checkpoint(checkpoint_file) | {part: content}, checkpoint_file)
-    capsys.readouterr()
+    capfd.readouterr()
     assert go(ppo_cartpole, "--resume", checkpoint_file, "--total-timesteps", 2000) == 1
-    (message,) = last_words(capsys)
+    (message,) = last_words(capfd)
     assert reason in message
 
 

@@ -45,7 +45,8 @@ def start(script, arguments, folder, played, die_at=float("inf")):
     os.makedirs(folder, exist_ok=True)
     os.chdir(folder)
     sys.argv = [f"{script}.py", *arguments]
-    sys.stdout = sys.stderr = open("log.txt", "w", buffering=1)
+    os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    os.dup2(1, 2)
     module = SCRIPTS[script]
     record_step = module.Run.record_step
 
@@ -271,9 +272,52 @@ def test_the_second_signal_ends_the_program_at_once(number, tmp_path):
         assert process.poll() is None
         process.send_signal(number)
         assert b"Stopping" in process.communicate(timeout=10)[1]
-        assert process.returncode == -number
+        assert process.returncode == 128 + number
     finally:
         process.kill()
+
+
+def test_one_stop_that_is_sent_twice_saves(tmp_path):
+    """`uv run` passes on a SIGTERM that the whole group has received."""
+    settings = {"update_epochs": 2000, "target_kl": 100.0, "total_timesteps": 100_000, "run_dir": "run"}
+    process = subprocess.Popen([sys.executable, ROOT / "ppo_cartpole.py", *flags(settings)], cwd=tmp_path, **PIPES)
+    while not list(tmp_path.glob("run/events.*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert b"--resume run" in err
+    assert int(evaluate.find_checkpoint(tmp_path / "run").stem) > 0
+    assert not list(tmp_path.glob("run/checkpoints/*.tmp"))
+
+
+@pytest.mark.parametrize("closed", ["stdout", "both"])
+def test_ctrl_c_saves_though_it_also_ends_tee(closed, tmp_path):
+    """`python ppo_cartpole.py | tee log`, with or without 2>&1: nobody reads on, and each line is an error."""
+    often = "import runpy, sys, tqdm\n"
+    often += "init = tqdm.tqdm.__init__\n"
+    often += "tqdm.tqdm.__init__ = lambda bar, *a, **k: init(bar, *a, **k | {'mininterval': 0, 'miniters': 1})\n"
+    often += "sys.argv[0] = 'ppo_cartpole.py'\n"
+    often += f"runpy.run_path('{ROOT}/ppo_cartpole.py', run_name='__main__')"
+    command = [sys.executable, "-c", often, "--total-timesteps", "100_000_000", "--run-dir", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, **PIPES)
+    while not (events := list(tmp_path.glob("run/events.*"))) or events[0].stat().st_size < 500:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)  # or it would print between the next two lines
+    process.stdout.close()
+    if closed == "both":
+        process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGCONT)
+    err = b"" if closed == "both" else process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    assert evaluate.find_checkpoint(tmp_path / "run")
+    assert closed == "both" or b"--resume run" in err
 
 
 @pytest.mark.slow

@@ -173,7 +173,8 @@ def test_stopped_by_ctrl_c_it_ends_with_what_it_has_and_goes_on_there(run_dir, p
     assert "Best of 3: 10.50 after 256 steps" in out
     assert curve(run_dir) == {256: 10.5, 512: 5.5, 768: 7.5}
     play(12)  # with nothing new, only the best is scored again
-    assert follow(run_dir) == 0
+    assert follow(run_dir, json=str(run_dir / "scores.json")) == 0
+    assert [one["mean_return"] for one in json.loads((run_dir / "scores.json").read_text())] == [10.5, 5.5, 7.5]
     assert curve(run_dir) == {256: 10.5, 512: 5.5, 768: 7.5}
 
 
@@ -184,7 +185,10 @@ def test_ctrl_c_before_the_first_score_ends_it_as_any_evaluation(run_dir, play):
     assert not (run_dir / "best.pt").exists()
 
 
-@pytest.mark.parametrize("flags", [{"greedy": True}, {"seed": 2}, {"episodes": 4}])
+OTHER_SCRIPT = {"script": str(ROOT / "ppo_cartpole.py")}
+
+
+@pytest.mark.parametrize("flags", [{"greedy": True}, {"seed": 2}, {"episodes": 4}, {"num_envs": 1}, OTHER_SCRIPT])
 def test_other_flags_score_everything_again(flags, run_dir, play):
     play(10, 30, 20, 25)
     follow(run_dir)
@@ -195,6 +199,7 @@ def test_other_flags_score_everything_again(flags, run_dir, play):
     play(25)
     follow(run_dir)  # as at first, of which all is known
     assert (run_dir / "best.pt").samefile(checkpoint(run_dir, 512))
+    assert curve(run_dir) == {256: 10.5, 512: 30.5, 768: 20.5}
 
 
 def test_the_best_outlives_its_checkpoint(run_dir, play, capsys):
@@ -355,6 +360,22 @@ def test_training_goes_first(run_dir, play, nice, monkeypatch):
     play(10, 20, 30, 30)
     assert evaluate.main(evaluate.Args(str(run_dir), follow=True)) == 0
     assert (nice, asked) == ([19], [1, "19"])
+    assert not before or group.read_text() == before
+
+
+def test_one_that_is_terminated_gives_its_terminal_the_old_weight_back(run_dir, monkeypatch):
+    group = Path("/proc/self/autogroup")
+    before = group.read_text() if group.exists() else ""
+
+    def terminated(*_):
+        time.sleep(0.3)  # who is not root may change it ten times a second
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(evaluate, "follow", terminated)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(evaluate.Args(str(run_dir), follow=True))
+    assert stop.value.code == 143
     assert not before or group.read_text() == before
 
 
