@@ -295,7 +295,7 @@ def train(args):
     """Train to --total-timesteps, or until Ctrl-C. Returns the exit code."""
     torch.set_flush_denormal(True)  # Adam's averages of dead weights decay to denormals, which are slow on a CPU
     run = Run(args)
-    envs = make_envs(args, run.num_envs, args.seed, training=True)
+    envs = make_envs(args, run.num_envs, seed=0, training=True)  # each segment seeds them anew
     agent, target_agent = Agent(envs, args).to(run.device), Agent(envs, args).to(run.device)
     target_agent.load_state_dict(agent.state_dict())
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
@@ -479,7 +479,7 @@ def check_args(args):
         print(f"--save-freq {args.save_freq} cuts all games off after {length} steps: raise it.", file=sys.stderr)
     if args.bf16 and not (args.cuda and torch.cuda.is_available()):
         check_bf16()
-    make_envs(args, 1, args.seed, training=True).close()  # a bad --env-id is refused here, before a folder is made
+    make_envs(args, 1, seed=0, training=True).close()  # a bad --env-id is refused here, before a folder is made
     check_disk(args)
 
 

@@ -501,6 +501,7 @@ def follow(run_dir, args):
     again = dataclasses.replace(args, checkpoint=str(best_path), follow=False, seed=(args.seed + 1) % 2**32)
     command = f"python {sys.argv[0]} {best_path} --episodes {args.episodes} --seed {again.seed}"
     command += " --greedy" * args.greedy + (f" --script {args.script}" if args.script else "")
+    command += f" --num-envs {args.num_envs}" if args.num_envs else ""
     print(f"Best of {len(known)}: {best['mean_return']:.2f} after {best['global_step']:,} steps, kept as {best_path}.")
     print(f"The best of many is scored too high. On fresh seeds: {command}", flush=True)
     if code == 0:

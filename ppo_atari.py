@@ -249,7 +249,7 @@ def ppo_update(agent, optimizer, batch, args):
 def train(args):
     """Train to --total-timesteps, or until Ctrl-C. Returns the exit code."""
     run = Run(args)
-    envs = make_envs(args, run.num_envs, args.seed, training=True)
+    envs = make_envs(args, run.num_envs, seed=0, training=True)  # each segment seeds them anew
     agent = Agent(envs, args).to(run.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     rollout = Rollout(args.num_steps, envs, run.device)
@@ -433,7 +433,7 @@ def check_args(args):
         print(f"--save-freq {args.save_freq} cuts all games off after {length} steps: raise it.", file=sys.stderr)
     if args.bf16 and not (args.cuda and torch.cuda.is_available()):
         check_bf16()
-    make_envs(args, 1, args.seed, training=True).close()  # a bad --env-id is refused here, before a folder is made
+    make_envs(args, 1, seed=0, training=True).close()  # a bad --env-id is refused here, before a folder is made
 
 
 def check_bf16():

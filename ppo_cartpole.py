@@ -271,7 +271,7 @@ def train(args):
     """Train to --total-timesteps, or until Ctrl-C. Returns the exit code."""
     torch.set_num_threads(1)  # layers this small gain little from a second core, which another run can use
     run = Run(args)
-    envs = make_envs(args, run.num_envs, args.seed, training=True)
+    envs = make_envs(args, run.num_envs, seed=0, training=True)  # each segment seeds them anew
     agent = Agent(envs, args).to(run.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     rollout = Rollout(args.num_steps, envs, run.device)
@@ -383,7 +383,7 @@ def check_args(args):
     if batch_size % parts or (args.norm_adv and batch_size == parts):
         least = "2 or more steps, for --norm-adv" if args.norm_adv else "1 or more steps"
         fail(f"--num-minibatches {parts} must cut {batch_size} steps into equal parts of {least}.", code=2)
-    make_envs(args, 1, args.seed, training=True).close()  # a bad --env-id is refused here, before a folder is made
+    make_envs(args, 1, seed=0, training=True).close()  # a bad --env-id is refused here, before a folder is made
 
 
 # ---- The run ----

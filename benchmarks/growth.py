@@ -115,7 +115,7 @@ def steps(out: Path | None = None):
     """Runs of each script that differ in --total-timesteps alone."""
     runs = [("ppo_cartpole.py", n, "") for n in (5_000, 20_000, 80_000, 320_000)]
     runs += [("ppo_atari.py", n, "--no-cuda") for n in (1_024, 4_096, 16_384, 32_768)]
-    dqn = "--no-cuda --learning-starts 500 --buffer-size 50000 --exploration-fraction 1"
+    dqn = "--no-cuda --learning-starts 500 --buffer-size 50000 --exploration-fraction 0.5"
     runs += [("dqn_atari.py", n, dqn) for n in (1_024, 4_096, 8_192)]
     rows = []
     for script, n, flags in tqdm(runs, unit=" runs"):

@@ -69,7 +69,14 @@ def save(curves, path):
 
 
 def main(args):
-    curves = {name: curve for path in args.runs for name, curve in load(path, args).items()}
+    curves = {}
+    for path in args.runs:
+        for name, curve in load(path, args).items():
+            folder = path.stem if path.suffix == ".csv" else path.resolve().parent.name
+            name = f"{folder}/{name}" if name in curves else name
+            if name in curves:
+                sys.exit(f"plot.py: two curves are called {name}: rename a folder.")
+            curves[name] = curve
     if args.csv:
         save(curves, args.csv)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")

@@ -45,7 +45,10 @@ class Args:
 
 def first_reached(run_dir, threshold):
     """Step, and time of the clock, at which the mean return of the last 20 episodes first was >= threshold."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload().Scalars("charts/episodic_return")
+    curves = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    if "charts/episodic_return" not in curves.Tags()["scalars"]:
+        return None, None  # no episode has ended
+    events = curves.Scalars("charts/episodic_return")
     returns = np.array([event.value for event in events])
     for i in range(20, len(returns) + 1):
         if returns[i - 20 : i].mean() >= threshold:
@@ -53,11 +56,14 @@ def first_reached(run_dir, threshold):
     return None, None
 
 
-def score_of(run_dir, episodes, greedy):
-    """What evaluate.py --json says of a run's last checkpoint."""
+def score_of(run_dir, script, episodes, greedy):
+    """What evaluate.py --json says of a run's last checkpoint, with the Agent and the environment of `script`."""
     result = Path(run_dir) / "score.json"
-    command = [sys.executable, ROOT / "evaluate.py", run_dir, "--episodes", str(episodes), "--json", result]
-    subprocess.run(command + ["--greedy"] * greedy, check=True, capture_output=True)
+    command = [sys.executable, ROOT / "evaluate.py", run_dir, "--script", ROOT / script]
+    command += ["--episodes", str(episodes), "--json", result, *["--greedy"] * greedy]
+    done = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    if done.returncode:
+        sys.exit(f"seeds.py: {run_dir} could not be scored: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(result.read_text())
 
 
@@ -80,23 +86,32 @@ def one_run(args, seed, folder):
     start = None if run_dir.exists() else time.time()  # None: a run that goes on, whose time is not known
     for i, flags in enumerate(commands):
         done = run_dir / f"command_{i + 1}_done"  # once the second has begun, the first would be refused
-        if not done.exists() or done.read_text() != shlex.join(map(str, flags)):
+        if not done.exists():
             subprocess.run([sys.executable, ROOT / args.script, *flags], check=True)
             done.write_text(shlex.join(map(str, flags)))
+        elif done.read_text() != shlex.join(map(str, flags)):
+            sys.exit(f"seeds.py: {run_dir} was trained with other flags: name another --keep.")
+    if (run_dir / f"command_{len(commands) + 1}_done").exists():
+        sys.exit(f"seeds.py: {run_dir} was trained further, with --then: name another --keep.")
     end = time.time()
-    score = score_of(run_dir, args.episodes, args.greedy)
+    score = score_of(run_dir, args.script, args.episodes, args.greedy)
     row = {"env_id": score["env_id"], "seed": seed, "steps": score["global_step"]}
     row |= {"seconds": start and round(end - start, 1)}
     for threshold in args.threshold:
         step, when = first_reached(run_dir, threshold)
         row[f"steps_to_{threshold:g}"] = step
         row[f"seconds_to_{threshold:g}"] = start and when and round(when - start, 1)
-    row |= {name: round(score[name], 3) for name in ("mean_return", "std_return")}
+    row |= {name: score[name] and round(score[name], 3) for name in ("mean_return", "std_return")}
     row |= {"human_normalized": score["human_normalized"], "min_return": min(score["returns"])}
     return row | {"truncated": score["truncated"], "episodes": args.episodes}
 
 
 def main(args):
+    for flag in ("--seed", "--run-dir", "--resume"):
+        if re.search(rf"{flag}\b".replace("-d", "[-_]d"), f"{args.flags} {args.then}"):
+            sys.exit(f"seeds.py: {flag} is set for each run: leave it out of --flags and --then.")
+    if args.csv:
+        open(args.csv, "a").close()  # to see before the runs, not after them, that it can be written
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     then = "" if args.then is None else f"; --resume {args.then}"
     about = {"command": f"{args.script} {args.flags}{then}".strip(), "commit": commit.stdout.strip()}

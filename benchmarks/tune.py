@@ -5,10 +5,10 @@
         --space num_steps=16,32,64 --trials 30 --seeds 3
 
 Flags that tune.py does not have go to the script: they are the defaults that the best flags are compared with. A trial
-trains with seeds 1001, 1002, ... in turn, and scores each final policy with evaluate.py. Where its mean falls behind
-the median of earlier ones, it gets no further seed. The best of many trials was lucky, so its score is too high: the
-best flags and the defaults are trained anew, with seeds 1, 2, ... The same command again continues its study. Another
-machine that shares the folder can run it at the same time.
+trains with seeds 1001, 1002, ... in turn, and scores each final policy with evaluate.py. Where even its best mean so
+far is below the median of earlier trials, it gets no further seed. The best of many trials was lucky, so its score is
+too high: the best flags and the defaults are trained anew, with seeds 1, 2, ... The same command again continues its
+study. Another machine that shares the folder can run it at the same time.
 """
 
 import contextlib
@@ -184,7 +184,7 @@ def search(study, args, flags, space, out, lock):
 
 def compare(study, args, flags, out):
     """Train the best flags and the defaults with fresh seeds, and print them side by side."""
-    best, means, random = study.best_trial, {}, np.random.default_rng(0)
+    best, means, failed, random = study.best_trial, {}, 0, np.random.default_rng(0)
     print(f"With seeds 1 to {args.fresh_seeds}, which the search has not seen: mean, 95% bootstrap interval")
     for side, params in ((f"best_{best.number}", best.params), ("defaults", {})):
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -194,12 +194,14 @@ def compare(study, args, flags, out):
         scores = [run.result() for run in runs if not isinstance(run.exception(), RuntimeError)]
         if not scores:
             evaluate.fail(f"all runs failed: the output.txt in {out / side} say why.")
+        failed += len(runs) - len(scores)
         means[side] = random.choice(scores, (10_000, len(scores))).mean(1)  # of resampled seeds
         low, high = np.percentile(means[side], [2.5, 97.5])
         each = ["failed" if run.exception() else f"{run.result():.2f}" for run in runs]
         print(f"{np.mean(scores):10.2f}  {low:.2f} to {high:.2f}  {side}: {', '.join(each)}")
     low, high = np.percentile(np.subtract(*means.values()), [2.5, 97.5])
     verdict = "the best flags are better" if low > 0 else "they are worse" if high < 0 else "no difference is shown"
+    verdict = f"no verdict, as {failed} failed and are left out" if failed else verdict
     print(f"            {low:.2f} to {high:.2f}  difference: {verdict}")
 
 

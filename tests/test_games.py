@@ -1,6 +1,7 @@
 """Several seeds, games or changes: seeds.py, games.py, ablations.py and symptoms.py of benchmarks/ do as they say."""
 
 import csv
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from torch.utils.tensorboard import SummaryWriter
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import ablations
 import games
+import plot
 import seeds
 import symptoms
 
@@ -99,9 +102,51 @@ def test_seeds_go_on_where_they_were(tmp_path, monkeypatch):
     assert "--resume" in commands[2]
     assert (row["env_id"], row["seed"], row["steps"], row["seconds"]) == ("CartPole-v1", 1, 768, None)
     assert row["human_normalized"] is None
-    args.flags = "--total-timesteps 300 --gamma 0.9"
-    with pytest.raises(subprocess.CalledProcessError):  # the folder holds another run
-        seeds.one_run(args, 1, tmp_path)
+    for changed in ({"flags": "--total-timesteps 300 --gamma 0.9"}, {"then": "--total-timesteps 900"}):
+        with pytest.raises(SystemExit, match="was trained with other flags"):
+            seeds.one_run(dataclasses.replace(args, **changed), 1, tmp_path)
+    with pytest.raises(SystemExit, match="was trained further"):
+        seeds.one_run(dataclasses.replace(args, then=None), 1, tmp_path)
+    assert len(commands) == 4
+
+
+def test_seeds_scores_with_the_script_that_it_trained(tmp_path):
+    """A copy elsewhere under the same name, whose episodes end after 7 steps."""
+    source = (ROOT / "ppo_cartpole.py").read_text()
+    copy = tmp_path / "ppo_cartpole.py"
+    copy.write_text(source.replace("gym.make(args.env_id", "gym.make(args.env_id, max_episode_steps=7"))
+    assert copy.read_text() != source
+    args = seeds.Args(str(copy), [1], "--total-timesteps 300", episodes=1, threshold=[475])
+    row = seeds.one_run(args, 1, tmp_path / "runs")
+    assert (row["mean_return"], row["std_return"], row["steps_to_475"]) == (7, None, None)
+
+
+def test_seeds_refuses_what_it_would_lose_before_it_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(seeds, "one_run", lambda *_: pytest.fail("has trained"))
+    for flags in ("--seed 9", "--gamma 0.9 --run_dir=x"):
+        with pytest.raises(SystemExit, match="is set for each run"):
+            seeds.main(seeds.Args("ppo_cartpole.py", [1], flags))
+    with pytest.raises(FileNotFoundError):
+        seeds.main(seeds.Args("ppo_cartpole.py", [1], csv=str(tmp_path / "none" / "x.csv")))
+
+
+def test_no_episode_has_ended(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalar("charts/SPS", 1, 1)
+    assert seeds.first_reached(tmp_path, 475) == (None, None)
+
+
+def test_plot_keeps_curves_of_the_same_name_apart(tmp_path):
+    for folder, value in (("a", 1.0), ("b", 2.0), ("c/b", 3.0)):
+        with SummaryWriter(tmp_path / folder / "1") as writer:
+            for step in range(30):
+                writer.add_scalar("charts/episodic_return", value, step)
+    runs = [tmp_path / "a" / "1", tmp_path / "b" / "1"]
+    plot.main(plot.Args(runs, out=tmp_path / "x.png", csv=tmp_path / "x.csv"))
+    rows = list(csv.DictReader(open(tmp_path / "x.csv")))
+    assert {(row["run"], float(row["value"])) for row in rows} == {("1", 1.0), ("b/1", 2.0)}
+    with pytest.raises(SystemExit, match="two curves are called b/1"):
+        plot.main(plot.Args([*runs, tmp_path / "c" / "b" / "1"], out=tmp_path / "x.png"))
 
 
 def test_seeds_does_not_take_one_script_for_another(tmp_path):

@@ -303,3 +303,12 @@ def test_wrong_usage_of_evaluate_gets_one_sentence(arguments, named, capsys):
     message = capsys.readouterr().err
     assert named in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", [2**31 - 1, 2**32 - 1])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_largest_seeds_run(name, seed, tmp_path):
+    """ale-py takes seeds below 2**31: no environment may get --seed itself."""
+    module, settings = SCRIPTS[name], {"seed": seed} | SHORT[name]
+    module.check_args(module.Args(**settings))
+    assert (train(module, tmp_path, **settings) / "checkpoints").is_dir()

@@ -136,6 +136,7 @@ def test_failed_and_nan_runs_are_failed_trials(start, capsys):
     out = capsys.readouterr().out
     assert re.search(r"Trial 0 failed with .*learning_rate.*: value_loss is nan after 512 steps\n", out)
     assert " 10.00  10.00 to 10.00  defaults: 10.00, failed, failed\n" in out
+    assert "difference: no verdict, as 2 failed and are left out\n" in out
 
 
 def test_where_all_fail_one_sentence_says_so(start, capsys):
