@@ -307,7 +307,7 @@ def score(path, args):
     torch.manual_seed(args.seed)
     env_id, step = checkpoint["args"].get("env_id", checkpoint["script"]), checkpoint["global_step"]
     how = "greedy" if args.greedy else "acting as at the end of training"
-    where = "the GPU" if next(agent.parameters()).is_cuda else "the CPU (no GPU found)" if args.cuda else "the CPU"
+    where = "the GPU" if next(agent.parameters()).is_cuda else "the CPU (no GPU)" if args.cuda else "the CPU"
     print(f"{path}: {env_id} after {step:,} steps, {args.episodes} episodes, {how}, on {where}", flush=True)
     screen = Screen(args.render, args.video, envs.metadata.get("render_fps", 30)) if watched else None
     with tqdm(total=args.episodes, unit="episode", disable=None, leave=False) as bar:  # None: only at a terminal
@@ -514,6 +514,9 @@ def main(args):
         with lowest_priority():
             return follow(Path(args.checkpoint), args)
     path = find_checkpoint(args.checkpoint)
+    ran, script = find_source(path), Path(__file__).parent / f"{load_checkpoint(path)['script']}.py"
+    if args.script is None and ran and script.is_file() and ran.read_bytes() != script.read_bytes():
+        print(f"{script.name} has changed since this run; what ran is --script {ran}", file=sys.stderr)
     if args.all:
         score_all(Path(args.checkpoint), args)
     else:

@@ -447,13 +447,12 @@ def check_bf16():
 
 
 # ---- The run ----
-# What keeps a run alive: processes, folder, checkpoints, curves, signals. The same in every script.
 
 FORMAT = 2  # of a checkpoint; format 1, which knew no segments, can be scored but not resumed
 
 
 class Run:
-    """One training run: its processes, folder, checkpoints, curves and progress bar, and what Ctrl-C does."""
+    """What keeps a run alive: its processes, folder, checkpoints, curves, signals. The same in every script."""
 
     def __init__(self, args):
         """Lock the run folder, find the checkpoint to continue from, join the other processes, seed the weights."""
@@ -505,6 +504,8 @@ class Run:
             self.args = dataclasses.replace(args, resume=newest["args"]["resume"])
         flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}  # a path may be written in many ways
         changed = [f"--{x.replace('_', '-')}" for x in flags if flags[x] != newest["args"].get(x)]
+        ran = self.folder / "script.py"  # edited since? Then the weights there are those of another program
+        changed += [ran.name] * (ran.is_file() and ran.read_bytes() != Path(__file__).read_bytes())
         if changed and not resumed:
             what = f"{self.folder} holds checkpoints up to {paths[-1].name}, of a run with another {', '.join(changed)}"
             fail(f"{what}: continue it with --resume {self.folder}, or name another --run-dir.", code=2)
@@ -533,8 +534,7 @@ class Run:
                 wandb.init(**track, name=self.folder.name, id=run_id, resume="allow", sync_tensorboard=True)
                 id_file.write_text(wandb.run.id)
             self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1)  # hide points to be logged again
-            cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
-            where = torch.cuda.get_device_name() if self.device.type == "cuda" else cpu
+            where = torch.cuda.get_device_name() if self.device.type == "cuda" else "the CPU" + " (no GPU)" * args.cuda
             what = f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}"
             print(f"{what}, steps {self.global_step:,} to {args.total_timesteps:,}, in {self.folder}", flush=True)
         bar = dict(total=args.total_timesteps, initial=self.global_step, unit=" steps", unit_scale=True)
@@ -563,7 +563,7 @@ class Run:
         return self.stopped or self.global_step >= self.segment_end
 
     def request_stop(self, number, frame):
-        """Ctrl-C or SIGTERM: finish the update in progress, save, stop. A second one ends the program at once."""
+        """Ctrl-C or SIGTERM: finish the update in progress, save, stop. A second one ends a single process at once."""
         if self.num_ranks == 1 and time.monotonic() > self.stop_time + 1:  # sooner, it is the first one, sent twice
             os._exit(128 + number)
         self.stop_signal, self.stop_time = number, min(self.stop_time, time.monotonic())

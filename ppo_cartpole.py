@@ -383,17 +383,20 @@ def check_args(args):
     if batch_size % parts or (args.norm_adv and batch_size == parts):
         least = "2 or more steps, for --norm-adv" if args.norm_adv else "1 or more steps"
         fail(f"--num-minibatches {parts} must cut {batch_size} steps into equal parts of {least}.", code=2)
-    make_envs(args, 1, seed=0, training=True).close()  # a bad --env-id is refused here, before a folder is made
+    envs = make_envs(args, 1, seed=0, training=True)  # a bad --env-id is refused here, before a folder is made
+    length, limit = args.save_freq // args.num_envs, envs.envs[0].spec.max_episode_steps or 0
+    if length < limit and args.save_freq < args.total_timesteps:
+        print(f"--save-freq {args.save_freq} cuts all episodes off after {length} steps: raise it.", file=sys.stderr)
+    envs.close()
 
 
 # ---- The run ----
-# What keeps a run alive: processes, folder, checkpoints, curves, signals. The same in every script.
 
 FORMAT = 2  # of a checkpoint; format 1, which knew no segments, can be scored but not resumed
 
 
 class Run:
-    """One training run: its processes, folder, checkpoints, curves and progress bar, and what Ctrl-C does."""
+    """What keeps a run alive: its processes, folder, checkpoints, curves, signals. The same in every script."""
 
     def __init__(self, args):
         """Lock the run folder, find the checkpoint to continue from, join the other processes, seed the weights."""
@@ -445,6 +448,8 @@ class Run:
             self.args = dataclasses.replace(args, resume=newest["args"]["resume"])
         flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}  # a path may be written in many ways
         changed = [f"--{x.replace('_', '-')}" for x in flags if flags[x] != newest["args"].get(x)]
+        ran = self.folder / "script.py"  # edited since? Then the weights there are those of another program
+        changed += [ran.name] * (ran.is_file() and ran.read_bytes() != Path(__file__).read_bytes())
         if changed and not resumed:
             what = f"{self.folder} holds checkpoints up to {paths[-1].name}, of a run with another {', '.join(changed)}"
             fail(f"{what}: continue it with --resume {self.folder}, or name another --run-dir.", code=2)
@@ -473,8 +478,7 @@ class Run:
                 wandb.init(**track, name=self.folder.name, id=run_id, resume="allow", sync_tensorboard=True)
                 id_file.write_text(wandb.run.id)
             self.writer = SummaryWriter(self.folder, purge_step=self.global_step + 1)  # hide points to be logged again
-            cpu = "the CPU (no GPU found)" if args.cuda else "the CPU"
-            where = torch.cuda.get_device_name() if self.device.type == "cuda" else cpu
+            where = torch.cuda.get_device_name() if self.device.type == "cuda" else "the CPU" + " (no GPU)" * args.cuda
             what = f"{args.exp_name}: {args.env_id} x {args.num_envs} on {where}"
             print(f"{what}, steps {self.global_step:,} to {args.total_timesteps:,}, in {self.folder}", flush=True)
         bar = dict(total=args.total_timesteps, initial=self.global_step, unit=" steps", unit_scale=True)
@@ -503,7 +507,7 @@ class Run:
         return self.stopped or self.global_step >= self.segment_end
 
     def request_stop(self, number, frame):
-        """Ctrl-C or SIGTERM: finish the update in progress, save, stop. A second one ends the program at once."""
+        """Ctrl-C or SIGTERM: finish the update in progress, save, stop. A second one ends a single process at once."""
         if self.num_ranks == 1 and time.monotonic() > self.stop_time + 1:  # sooner, it is the first one, sent twice
             os._exit(128 + number)
         self.stop_signal, self.stop_time = number, min(self.stop_time, time.monotonic())

@@ -336,3 +336,19 @@ def test_without_a_display_render_says_so(run_dir, tmp_path, monkeypatch):
     done = run("evaluate.py", run_dir, "--render", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == "evaluate.py: --render needs a display, and found none; --video FILE.mp4 works without.\n"
+
+
+@pytest.mark.parametrize("flags", [{}, {"all": True}])
+def test_a_script_that_was_edited_since_is_named(flags, tmp_path, capsys):
+    """Its weights may fit all the same, and be scored as if the edit had been trained."""
+    run_dir = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
+    capsys.readouterr()
+    evaluate.main(evaluate.Args(str(run_dir), episodes=1, **flags))
+    assert "has changed" not in capsys.readouterr().err
+    source = run_dir / "script.py"
+    source.write_text(source.read_text() + "# an earlier one\n")
+    evaluate.main(evaluate.Args(str(run_dir), episodes=1, **flags))
+    error = capsys.readouterr().err
+    assert error.count(f"ppo_cartpole.py has changed since this run; what ran is --script {source}") == 1
+    evaluate.main(evaluate.Args(str(run_dir), episodes=1, script=str(source), **flags))
+    assert "has changed" not in capsys.readouterr().err
