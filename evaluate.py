@@ -26,6 +26,7 @@ training, render): a vector environment in SAME_STEP mode, with unclipped reward
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -78,6 +79,12 @@ def fail(message, code=1):
     """End the program with one sentence instead of a traceback. Exit code 2: wrong usage; 1: anything else."""
     tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # print would garble the progress bar
     sys.exit(code)
+
+
+@functools.cache
+def say_once(message):
+    """A warning that --all and --follow do not repeat for each checkpoint."""
+    tqdm.write(message, file=sys.stderr)
 
 
 @dataclass
@@ -166,10 +173,12 @@ def load_script(checkpoint, path, script):
     if script is None:
         if not re.fullmatch(r"[\w-]+", name):
             fail(f"{path} names the script {name!r}, which is not a bare module name: give the file with --script.")
-        script = Path(__file__).with_name(f"{name}.py")
+        script, ran = Path(__file__).with_name(f"{name}.py"), find_source(path)
         if not script.is_file():
-            hint = f", for instance {ran}" if (ran := find_source(path)) else ""
+            hint = f", for instance {ran}" if ran else ""
             fail(f"{path} was written by {name}.py, which is not beside evaluate.py: give it with --script{hint}.")
+        if ran and ran.read_bytes() != script.read_bytes():
+            say_once(f"{script.name} has changed since this run; what ran is --script {ran}")
     spec = importlib.util.spec_from_file_location(Path(script).stem, script)
     if spec is None or not Path(script).is_file():
         fail(f"--script {script} is not a Python file.", code=2)
@@ -514,9 +523,6 @@ def main(args):
         with lowest_priority():
             return follow(Path(args.checkpoint), args)
     path = find_checkpoint(args.checkpoint)
-    ran, script = find_source(path), Path(__file__).parent / f"{load_checkpoint(path)['script']}.py"
-    if args.script is None and ran and script.is_file() and ran.read_bytes() != script.read_bytes():
-        print(f"{script.name} has changed since this run; what ran is --script {ran}", file=sys.stderr)
     if args.all:
         score_all(Path(args.checkpoint), args)
     else:
