@@ -575,7 +575,7 @@ class Run:
         flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}  # a path may be written in many ways
         changed = [f"--{x.replace('_', '-')}" for x in flags if flags[x] != newest["args"].get(x)]
         ran = self.folder / "script.py"  # edited since? Then the weights there are those of another program
-        changed += [ran.name] * (ran.is_file() and ran.read_bytes() != Path(__file__).read_bytes())
+        changed += [Path(__file__).name] * (ran.is_file() and ran.read_bytes() != Path(__file__).read_bytes())
         if changed and not resumed:
             what = f"{self.folder} holds checkpoints up to {paths[-1].name}, of a run with another {', '.join(changed)}"
             fail(f"{what}: continue it with --resume {self.folder}, or name another --run-dir.", code=2)

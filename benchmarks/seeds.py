@@ -107,8 +107,9 @@ def one_run(args, seed, folder):
 
 
 def main(args):
+    flags = f"{args.flags} {args.then}".replace("_", "-")  # --run_dir is --run-dir, too
     for flag in ("--seed", "--run-dir", "--resume"):
-        if re.search(rf"{flag}\b".replace("-d", "[-_]d"), f"{args.flags} {args.then}"):
+        if re.search(rf"{flag}\b", flags):
             sys.exit(f"seeds.py: {flag} is set for each run: leave it out of --flags and --then.")
     if args.csv:
         open(args.csv, "a").close()  # to see before the runs, not after them, that it can be written

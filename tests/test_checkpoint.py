@@ -228,7 +228,7 @@ def test_the_same_command_again(tmp_path, monkeypatch, capfd):
 
     (run_dir / "script.py").write_text("an earlier one")  # edited since, so the weights are another program's
     assert go(ppo_cartpole, *command) == 2
-    assert f"another script.py: continue it with --resume {run_dir}" in capfd.readouterr().err
+    assert f"another ppo_cartpole.py: continue it with --resume {run_dir}" in capfd.readouterr().err
     assert go(ppo_cartpole, "--resume", run_dir) == 0
 
 
