@@ -459,7 +459,7 @@ class Run:
         """Restore `state` (objects with a state_dict, by name), open the curves, and say what is about to run."""
         self.state, self.start_time = state, time.monotonic()
         try:
-            if self.checkpoint:
+            if self.checkpoint and not self.finished():
                 for name, x in state.items():
                     x.load_state_dict(self.checkpoint[name])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
