@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import ROOT, SCRIPTS, SHORT, run, train
 from gymnasium.vector import AutoresetMode
-from probes import PROBES
+from probes import PROBES, InFrames, TruncatedEndless
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -43,6 +45,7 @@ def test_the_trained_policies_play(policy):
     preferences = outputs[0] if isinstance(outputs, tuple) else outputs
     assert preferences.isfinite().all()
     assert preferences.std(-1).min() > 1e-3
+    assert not agent.training  # a copy may have dropout
 
 
 def test_what_is_reloaded_acts_as_what_was_saved(script, tmp_path, monkeypatch):
@@ -96,10 +99,50 @@ def test_every_environment_plays_its_share_however_long_its_episodes(episodes, s
     assert sorted(lengths) == [1] * short + [10] * long
 
 
-def test_the_same_seed_gives_the_same_score(run_dir):
+def test_a_score_is_the_sum_of_all_rewards_of_a_whole_game():
+    """-5, then 1, 1, 1, 1, and cut off. Each step costs a life, which ends nothing."""
+    envs = InFrames(TruncatedEndless, 2, life_lost=True)
+    returns, lengths, truncated = evaluate.play(envs, Idle(1, 1), 4, True, tqdm(disable=True))
+    assert (returns, lengths, truncated) == ([-1.0] * 4, [5] * 4, [True] * 4)
+
+
+def test_points_of_atari_games_are_not_clipped():
+    path = ROOT / "benchmarks/policies/ppo_atari-Qbert-hour.pt"
+    _, envs, _ = evaluate.rebuild(path, evaluate.Args(str(path)), 8)
+    envs.reset()
+    rng = np.random.default_rng(0)
+    points = np.concatenate([envs.step(rng.integers(0, 6, 8))[1] for _ in range(60)])
+    assert points.max() >= 25  # for each cube
+
+
+def test_greedy_takes_the_best_action_and_otherwise_the_policy_is_sampled(tmp_path):
+    """A policy that has hardly learned does both things, which pay -1 and 1."""
+    run_dir = train(ppo_cartpole, tmp_path, env_id=PROBES["RewardFromAction"], total_timesteps=256)
     path = evaluate.find_checkpoint(run_dir)
-    scores = [evaluate.score(path, evaluate.Args(str(run_dir), seed=seed))["returns"] for seed in (1, 1, 2)]
+    sampled, greedy = (
+        evaluate.score(path, evaluate.Args(str(path), episodes=48, greedy=greedy))["returns"]
+        for greedy in (False, True)
+    )
+    assert set(sampled) == {-1, 1}
+    assert len(set(greedy)) == 1
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_the_same_seed_gives_the_same_score(greedy, run_dir):
+    path = evaluate.find_checkpoint(run_dir)
+    scores = [evaluate.score(path, evaluate.Args(str(run_dir), seed=seed, greedy=greedy)) for seed in (1, 1, 2)]
+    scores = [score["returns"] for score in scores]
     assert scores[0] == scores[1] != scores[2]
+
+
+def test_no_evaluation_plays_the_games_of_training_or_of_another_seed(run_dir):
+    path = evaluate.find_checkpoint(run_dir)
+    same, again, other = (
+        evaluate.rebuild(path, evaluate.Args(str(path), seed=seed), 4)[1].reset()[0] for seed in (1, 1, 2)
+    )
+    training = ppo_cartpole.make_envs(ppo_cartpole.Args(), 4, evaluate.spread_seed(1, 1, 0), training=True).reset()[0]
+    assert np.array_equal(same, again)
+    assert not np.isin(same, [other, training]).any()
 
 
 def test_json_holds_what_the_readme_says(run_dir, tmp_path):
@@ -128,14 +171,22 @@ def test_episodes_that_ran_into_the_time_limit_are_counted(tmp_path):
     assert evaluate.score(path, evaluate.Args(str(path), episodes=4))["truncated"] == 4
 
 
-@pytest.mark.parametrize("episodes", [2, 5, 10, 100])
-def test_the_interval_holds_the_true_mean_as_often_as_it_says(episodes, monkeypatch):
-    """95 times in 100, within four standard errors of 2,000 samples."""
-    random, quantiles = np.random.default_rng(0), np.random.default_rng(0).standard_t(episodes - 1, 1_000_000)
-    generator = SimpleNamespace(standard_t=lambda df, size: quantiles)  # the same each time, so drawn once
-    monkeypatch.setattr(evaluate.np.random, "default_rng", lambda seed: generator)
-    intervals = [evaluate.mean_interval(list(random.normal(7, 2, episodes))) for _ in range(2000)]
-    assert np.mean([low <= 7 <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.02)
+def test_an_end_that_falls_on_the_time_limit_is_no_truncation():
+    class CutOff(Hare):
+        def step(self, actions):
+            obs, rewards, ended, _, infos = super().step(actions)
+            return obs, rewards, ended & [True, False], ended, infos  # environment 0 ends, 1 is cut off
+
+    returns, _, truncated = evaluate.play(CutOff(), Idle(1, 1), 6, True, tqdm(disable=True))
+    assert sorted(zip(returns, truncated, strict=True)) == [(1.0, False)] * 3 + [(10.0, True)] * 3
+
+
+@pytest.mark.parametrize(("episodes", "t"), [(2, 12.706), (5, 2.776), (10, 2.262), (100, 1.984)])
+def test_the_interval_is_that_of_students_t(episodes, t):
+    """t: two-sided 95%, from a table of the distribution."""
+    returns = [float(i**2) for i in range(episodes)]
+    mean, margin = np.mean(returns), t * np.std(returns, ddof=1) / episodes**0.5
+    assert evaluate.mean_interval(returns) == pytest.approx([mean - margin, mean + margin], rel=0.01)
 
 
 def test_a_single_episode_has_no_interval(run_dir, tmp_path):
@@ -153,6 +204,27 @@ def test_human_normalized_score():
     assert len(evaluate.RANDOM_AND_HUMAN) == 57
 
 
+def test_human_normalized_figures_are_those_published():
+    """The sums are those of both columns of atari_data.py in DeepMind's dqn_zoo."""
+    assert evaluate.RANDOM_AND_HUMAN.keys() <= {spec.kwargs.get("game") for spec in gym.registry.values()}
+    columns = map(sum, zip(*evaluate.RANDOM_AND_HUMAN.values(), strict=True))
+    assert list(columns) == pytest.approx([50864.9, 606494.2], abs=0.01)
+
+
+def test_human_normalized_score_is_of_the_mean(monkeypatch):
+    path = ROOT / "benchmarks/policies/ppo_atari-Qbert-hour.pt"
+    monkeypatch.setattr(evaluate, "play", lambda *_: ([163.9, 163.9, 163.9, 26746.1], [1] * 4, [False] * 4))
+    result = evaluate.score(path, evaluate.Args(str(path), episodes=4))
+    assert result["human_normalized"] == pytest.approx(0.5)
+
+
+def test_what_is_printed_of_a_score(capsys):
+    result = {"mean_return": 390.31, "std_return": 48.9, "ci95": [380.6, 400.0], "episodes": 100}
+    evaluate.report(result | {"human_normalized": 13.4934, "truncated": 7})
+    line = "return 390.31 ± 48.90 (std) over 100 episodes, 95% interval of the mean 380.60 to 400.00, "
+    assert capsys.readouterr().out == f"{line}human-normalized 13.493, time limit reached in 7\n"
+
+
 def test_all_scores_every_checkpoint_and_leaves_the_training_curves_alone(run_dir):
     training = EventAccumulator(str(run_dir)).Reload().Scalars("losses/entropy")
     for _ in range(2):  # again during a run: the curve is written anew, not doubled
@@ -160,6 +232,14 @@ def test_all_scores_every_checkpoint_and_leaves_the_training_curves_alone(run_di
     curve = EventAccumulator(str(run_dir / "eval")).Reload().Scalars("eval/episodic_return")
     assert [event.step for event in curve] == [256, 512, 768]
     assert EventAccumulator(str(run_dir)).Reload().Scalars("losses/entropy") == training
+
+
+def test_the_curve_of_all_has_the_scores(run_dir, monkeypatch):
+    scores = iter([[10.0, 12.0], [30.0, 34.0], [20.0, 26.0]])
+    monkeypatch.setattr(evaluate, "play", lambda *_: (next(scores), [1, 1], [False, False]))
+    evaluate.main(evaluate.Args(str(run_dir), episodes=2, all=True))
+    curve = EventAccumulator(str(run_dir / "eval")).Reload().Scalars("eval/episodic_return")
+    assert [(event.step, event.value) for event in curve] == [(256, 11), (512, 32), (768, 23)]
 
 
 def test_a_curve_stays_until_the_next_one_is_whole(run_dir, capsys):
@@ -268,6 +348,13 @@ def test_a_film_shows_what_was_scored_in_its_own_colors_and_at_its_speed(name, f
     assert np.abs(pictures[1].astype(int) - pictures[-2]).max() > 50  # and something moves
 
 
+def test_a_film_shows_all_episodes_one_after_the_other(run_dir, tmp_path):
+    path, film = evaluate.find_checkpoint(run_dir), str(tmp_path / "film.mp4")
+    filmed = evaluate.score(path, evaluate.Args(str(path), episodes=2, video=film))
+    assert len(read_film(film)[0]) == sum(filmed["lengths"])
+    assert filmed["returns"] == evaluate.score(path, evaluate.Args(str(path), episodes=2, num_envs=1))["returns"]
+
+
 def test_a_film_that_was_interrupted_can_be_played(run_dir, tmp_path, monkeypatch, capsys):
     show, shown = evaluate.Screen.show, []
 
@@ -299,6 +386,17 @@ def test_the_window_shows_the_game_at_its_speed_until_q(run_dir, monkeypatch):
         evaluate.main(evaluate.Args(str(run_dir), render=True))
     assert shown[-1][0] - shown[0][0] >= 11 / 50 - 0.02  # CartPole's 50 pictures per second, and never more
     assert shown[0][1].shape == (400, 600, 3)
+
+
+def test_ctrl_c_ends_an_evaluation_with_a_sentence(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tyro, "cli", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    assert stop.value.code == 130
+    assert "stopped before the last episode ended" in capsys.readouterr().err
 
 
 def test_weights_that_are_no_numbers_are_refused(run_dir, capsys):
