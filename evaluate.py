@@ -32,6 +32,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -508,9 +509,9 @@ def follow(run_dir, args):
     if best is None:
         fail(f"{run_dir} holds no checkpoint, and no run is writing one.")
     again = dataclasses.replace(args, checkpoint=str(best_path), follow=False, seed=(args.seed + 1) % 2**32)
-    command = f"python {sys.argv[0]} {best_path} --episodes {args.episodes} --seed {again.seed}"
-    command += " --greedy" * args.greedy + (f" --script {args.script}" if args.script else "")
-    command += f" --num-envs {args.num_envs}" if args.num_envs else ""
+    flags = ["--episodes", args.episodes, "--seed", again.seed, *["--greedy"] * args.greedy, *["--cuda"] * args.cuda]
+    flags += ["--script", args.script] * bool(args.script) + ["--num-envs", args.num_envs] * bool(args.num_envs)
+    command = shlex.join(map(str, ["python", sys.argv[0], best_path, *flags]))
     print(f"Best of {len(known)}: {best['mean_return']:.2f} after {best['global_step']:,} steps, kept as {best_path}.")
     print(f"The best of many is scored too high. On fresh seeds: {command}", flush=True)
     if code == 0:

@@ -112,11 +112,12 @@ def test_each_checkpoint_is_scored_and_the_best_is_kept(run_dir, play, capsys):
 
 def test_the_last_command_scores_the_best_on_fresh_seeds(run_dir, tmp_path, capsys):
     """The same score as the last line has, from seeds that no checkpoint was chosen on, with the same flags."""
-    script = shutil.copy(ROOT / "ppo_cartpole.py", tmp_path / "mine.py")
-    assert follow(run_dir, greedy=True, script=str(script), num_envs=1) == 0
+    (tmp_path / "my idea").mkdir()
+    script = shutil.copy(ROOT / "ppo_cartpole.py", tmp_path / "my idea")
+    assert follow(run_dir, greedy=True, script=str(script), num_envs=1, cuda=True) == 0
     *_, again, _, last = capsys.readouterr().out.splitlines()
     arguments = shlex.split(again[again.index("python ") :])[2:]
-    assert arguments[-4:] == ["--script", str(script), "--num-envs", "1"]
+    assert arguments[-5:] == ["--cuda", "--script", str(script), "--num-envs", "1"]
     evaluate.main(tyro.cli(evaluate.Args, args=[*arguments, "--json", str(tmp_path / "score.json")]))
     assert capsys.readouterr().out.splitlines()[-1] == last
     result = json.loads((tmp_path / "score.json").read_text())

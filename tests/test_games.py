@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,6 +67,17 @@ def write(path, rows):
     return path
 
 
+def test_the_interquartile_mean_that_is_printed(tmp_path, capsys):
+    scores = {"Pong": (1.0, 0.5, 3.0), "Qbert": (45.0, 55.0, 200.0)}
+    for game, values in scores.items():
+        rows = [{"env_id": game, "seed": i, "mean_return": x, "human_normalized": x} for i, x in enumerate(values)]
+        write(tmp_path / f"{game}.csv", rows)
+    games.main(games.Args([tmp_path / "Pong.csv", tmp_path / "Qbert.csv"]))
+    low, high = games.interval(np.array([*scores.values()]).T)
+    line = f"scores: 26.00 ({low:.2f} to {high:.2f}, too narrow for so few seeds), 3 seeds of each of 2 games\n"
+    assert line in capsys.readouterr().out  # the mean of 1, 3, 45 and 55
+
+
 def test_games_that_cannot_be_compared(tmp_path, capsys):
     """One without published scores, and one with fewer seeds, still have their line."""
     pong = [{"env_id": "Pong", "seed": i, "mean_return": 20.0 + i, "human_normalized": 1.0} for i in (1, 2)]
@@ -76,6 +89,56 @@ def test_games_that_cannot_be_compared(tmp_path, capsys):
     assert "No interquartile mean" in out
     with pytest.raises(SystemExit, match="has no runs"):
         games.main(games.Args([write(tmp_path / "Empty.csv", [])]))
+
+
+def test_a_row_is_of_its_own_seed(tmp_path, monkeypatch):
+    """What is trained, how it is scored, and what the row says. Evaluation takes no time of `seconds`."""
+    commands, clock = [], [100.0]
+    score = {"env_id": "X-v0", "global_step": 768, "mean_return": 12.34567, "std_return": 1.2345, "truncated": 2}
+    score |= {"human_normalized": 0.5, "returns": [20.0, 3.0, 7.0]}
+
+    def run(command, **_):
+        commands.append(command := [*map(str, command)])
+        if "--run-dir" in command:
+            clock[0] += 7.25
+            Path(command[command.index("--run-dir") + 1]).mkdir()
+        else:
+            clock[0] += 1000
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(score))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(seeds.subprocess, "run", run)
+    monkeypatch.setattr(seeds, "time", SimpleNamespace(time=lambda: clock[0]))
+    monkeypatch.setattr(seeds, "first_reached", lambda run_dir, threshold: (512, 103.5))
+    args = seeds.Args("ppo_cartpole.py", [6, 7], "--gamma 0.9", threshold=[475], episodes=3, greedy=True)
+    row = seeds.one_run(args, 7, tmp_path)
+    training, scoring = commands
+    assert training[2:] == ["--seed", "7", "--run-dir", str(tmp_path / "7"), "--gamma", "0.9"]
+    assert scoring[2] == str(tmp_path / "7")
+    assert scoring[scoring.index("--episodes") + 1] == "3"
+    assert "--greedy" in scoring
+    assert row == {
+        **{"env_id": "X-v0", "seed": 7, "steps": 768, "seconds": 7.2, "steps_to_475": 512, "seconds_to_475": 3.5},
+        **{"mean_return": 12.346, "std_return": 1.234, "human_normalized": 0.5, "min_return": 3.0},
+        **{"truncated": 2, "episodes": 3},
+    }
+
+
+def test_seeds_prints_the_spread_over_seeds_and_writes_a_row_of_each(tmp_path, monkeypatch, capsys):
+    scores, reached = {1: 10.0, 2: 20.0, 3: 60.0}, {1: 400, 2: None, 3: 100}
+
+    def one_run(args, seed, folder):
+        return {"seed": seed, "mean_return": scores[seed], "steps_to_475": reached[seed]}
+
+    monkeypatch.setattr(seeds, "one_run", one_run)
+    file = tmp_path / "x.csv"
+    seeds.main(seeds.Args("ppo_cartpole.py", [3, 1, 2], "--gamma 0.9", threshold=[475], csv=str(file)))
+    out = capsys.readouterr().out
+    assert "30.00 ± 26.46 over 3 seeds, lowest 10.00" in out
+    assert "475 reached after 400 steps (median), inf at most" in out
+    rows = [list(row.values())[:4] for row in csv.DictReader(open(file))]
+    command = "ppo_cartpole.py --gamma 0.9"
+    assert rows == [["3", "60.0", "100", command], ["1", "10.0", "400", command], ["2", "20.0", "", command]]
 
 
 def test_seeds_go_on_where_they_were(tmp_path, monkeypatch):
@@ -134,6 +197,35 @@ def test_no_episode_has_ended(tmp_path):
     with SummaryWriter(tmp_path) as writer:
         writer.add_scalar("charts/SPS", 1, 1)
     assert seeds.first_reached(tmp_path, 475) == (None, None)
+
+
+def test_first_reached_is_the_last_of_twenty_episodes(tmp_path):
+    """25 episodes without a point, then 10 points each: ten of these bring the mean of 20 to 5."""
+    with SummaryWriter(tmp_path) as writer:
+        for i in range(60):
+            writer.add_scalar("charts/episodic_return", 10 * (i >= 25), 100 * i, walltime=5000 + i)
+    assert seeds.first_reached(tmp_path, 0) == (1900, 5019)
+    assert seeds.first_reached(tmp_path, 5) == (3400, 5034)
+    assert seeds.first_reached(tmp_path, 10) == (4400, 5044)
+    assert seeds.first_reached(tmp_path, 10.1) == (None, None)
+
+
+def test_a_curve_is_the_running_mean_at_the_last_step_of_each_window(tmp_path):
+    for name, slope, count in (("1", 1.0, 12), ("2", 3.0, 12), ("3", 8.0, 10)):  # --mean ends where the shortest does
+        with SummaryWriter(tmp_path / name) as writer:
+            for i in range(count):
+                writer.add_scalar("charts/episodic_return", slope * i, 10 * i)
+    runs = [tmp_path / name for name in "123"]
+    plot.main(plot.Args(runs, window=3, mean=True, out=tmp_path / "x.png", csv=tmp_path / "x.csv"))
+    (axes,) = plot.pyplot.gcf().axes
+    steps, values = axes.lines[0].get_data()
+    assert steps[[0, -1]].tolist() == [20, 90]
+    assert values == pytest.approx(4 * (steps / 10 - 1))
+    band = axes.collections[0].get_paths()[0].vertices
+    ends = [band[band[:, 0] == step, 1] for step in (20, 90)]
+    assert [(min(y), max(y)) for y in ends] == [(1, 8), (8, 64)]  # all resampled runs the lowest, the highest: 1 in 27
+    curve = plot.load(tmp_path / "x.csv", None)["1"]
+    assert curve.tolist() == [list(range(20, 120, 10)), list(range(1, 11))]
 
 
 def test_plot_keeps_curves_of_the_same_name_apart(tmp_path):

@@ -415,3 +415,49 @@ def test_a_script_that_is_none_gets_one_sentence(folder):
     done = run("benchmarks/tune.py", "nothing.py", "--space", "gamma=0.9,0.99", cwd=folder)
     assert done.returncode == 2
     assert done.stderr == "tune.py: --script nothing.py is not a Python file.\n"
+
+
+def test_a_trial_is_worth_its_mean_over_seeds(start, capsys):
+    """And of the trials, the best are printed, best first."""
+
+    def score(args):
+        return 10 * int(re.search(r"trial_(\d)|$", args.run_dir)[1] or 0) + args.seed % 2
+
+    start(f"{SMALL} --trials 5", score)
+    trials = study().trials
+    assert [trial.value for trial in trials] == [0.5, 10.5, 20.5, 30.5, 40.5]
+    assert trials[4].intermediate_values == {0: 41, 1: 40.5}
+    assert re.findall(r"(?m)^ +(\d+\.\d\d)  \{", capsys.readouterr().out) == ["40.50", "30.50", "20.50"]
+    assert trials[0].distributions["learning_rate"].log
+
+
+def test_an_edited_script_is_another_study(start):
+    script = Path(shutil.copy(ROOT / "ppo_cartpole.py", "mine.py"))
+    for flags in ("", "--seeds 1", "--episodes 7"):
+        assert start(f"{SMALL} --trials 1 {flags}", lambda args: 1, script.resolve())
+    script.write_text(script.read_text() + "# another\n")
+    assert start(f"{SMALL} --trials 1", lambda args: 1, script.resolve())
+    assert len(list(Path("runs").iterdir())) == 4
+
+
+def test_tune_scores_as_many_episodes_as_it_says():
+    _, score = tune.commands(tune.Args(Path("x.py"), episodes=7), [], {}, 3, Path("run"))
+    assert score[2:] == ["run", "--script", "x.py", "--episodes", "7", "--seed", "3"]
+
+
+def test_of_a_scored_run_the_newest_checkpoint_stays(tmp_path, monkeypatch):
+    checkpoints = tmp_path / "seed_1" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for step in (256, 512, 1024):
+        (checkpoints / f"{step:012d}.pt").touch()
+    scored = tmp_path / "seed_1" / "score.tmp"
+    monkeypatch.setattr(tune, "execute", lambda *_: scored.write_text('{"mean_return": 5.0}'))
+    assert tune.score_of(tune.Args(Path("x.py")), [], {}, 1, tmp_path) == 5
+    assert [path.stem for path in checkpoints.iterdir()] == ["000000001024"]
+
+
+def test_the_interval_of_the_difference_is_as_wide_as_ten_seeds_make_it(start, capsys):
+    """Each side scatters by 5.97 over seeds, so the difference of two means of ten by 2.67."""
+    start("--space gamma=0.9,0.95 --trials 1 --seeds 1 --fresh-seeds 10", lambda args: [-8, 5, 0, 8, -5][args.seed % 5])
+    (interval,) = re.findall(r"(?m)^ +(-\d+\.\d+) to (\d+\.\d+)  difference", capsys.readouterr().out)
+    assert [float(end) for end in interval] == pytest.approx([-1.96 * 2.67, 1.96 * 2.67], abs=0.3)
