@@ -95,6 +95,21 @@ class TruncatedEndless(Probe):
         return -5.0 if self.t == 0 else 1.0
 
 
+class Mixed(Probe):
+    """1 to 5 steps, then ended or cut off; observations and rewards are noise."""
+
+    def reset(self, *, seed=None, options=None):
+        first = super().reset(seed=seed)
+        self.length, self.truncates = int(self.np_random.integers(1, 6)), bool(self.np_random.random() < 0.5)
+        return first
+
+    def observe(self):
+        return float(self.np_random.uniform(-1, 1))
+
+    def reward(self, action):
+        return float(self.np_random.normal())
+
+
 class Endless(RewardFromActionAndObs):
     """The same, and it never ends."""
 
@@ -111,7 +126,15 @@ class CutOff(RewardFromActionAndObs):
 
 
 PROBES = {}
-for probe in (ConstantReward, RewardFromObs, DelayedReward, RewardFromAction, RewardFromActionAndObs, TruncatedEndless):
+for probe in (
+    ConstantReward,
+    RewardFromObs,
+    DelayedReward,
+    RewardFromAction,
+    RewardFromActionAndObs,
+    TruncatedEndless,
+    Mixed,
+):
     PROBES[probe.__name__] = f"Probe{probe.__name__}-v0"
     gym.register(PROBES[probe.__name__], entry_point=probe)
 

@@ -114,6 +114,21 @@ def test_a_game_that_is_cut_off_is_truncated_and_shows_its_last_frame(monkeypatc
     raise AssertionError("no game was truncated")
 
 
+def test_a_game_lasts_half_an_hour_at_most(monkeypatch):
+    """Of 60 frames a second. The emulator counts frames, not steps of 4."""
+    settings, real = [], ppo_atari.AtariVectorEnv
+    monkeypatch.setattr(ppo_atari, "AtariVectorEnv", lambda *a, **k: settings.append(k) or real(*a, **k))
+    make_envs(Args(), 1, seed=0, training=True)
+    assert settings[0]["max_num_frames_per_episode"] == 30 * 60 * 60
+
+
+def test_new_games_have_lost_no_life():
+    envs = make_envs(Args(), 2, seed=3, training=True)
+    envs.lives = np.full(2, 9)  # of the games before
+    envs.reset(seed=1)
+    assert not envs.step(np.zeros(2, int))[4]["life_lost"].any()
+
+
 def test_only_the_ids_with_sticky_actions_have_them():
     """Same seed, same actions: a game that repeats an action by chance leaves the one that does not."""
     frames = []

@@ -13,6 +13,7 @@ import sys
 import time
 import types
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,6 +173,7 @@ def test_resume_goes_on_with_the_flags_of_the_run_and_those_beside_it(trained, m
     step = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda x: rates.append(x.param_groups[0]["lr"]) or step(x))
     longer = 2 * args.total_timesteps
+    (run_dir / "script.py").write_text("an earlier one")
     assert go(module, "--resume", run_dir, "--total-timesteps", longer, "--learning-rate", 0.003) == 0
     fraction_left = 1 - before["global_step"] / longer if getattr(args, "anneal_lr", False) else 1
     assert rates[0] == pytest.approx(0.003 * fraction_left)
@@ -180,6 +182,9 @@ def test_resume_goes_on_with_the_flags_of_the_run_and_those_beside_it(trained, m
     assert after["args"] == dataclasses.asdict(args) | {"total_timesteps": longer, "learning_rate": 0.003}
     steps = [step for step, _ in curve(run_dir, "charts/SPS")]
     assert steps == sorted(set(steps))  # nothing doubled
+
+    assert json.loads((run_dir / "args.json").read_text()) == after["args"]
+    assert (run_dir / "script.py").read_bytes() == Path(module.__file__).read_bytes()
 
     before = files(run_dir)
     capfd.readouterr()
@@ -192,10 +197,20 @@ def test_resume_goes_on_with_the_flags_of_the_run_and_those_beside_it(trained, m
 
 def test_a_tracked_run_goes_on_in_the_same_curves_of_wandb(tmp_path, monkeypatch):
     """What W&B is told; W&B itself needs an account and a network."""
-    told = []
-    wandb = types.SimpleNamespace(init=lambda **settings: told.append(settings), run=types.SimpleNamespace(id="abc"))
+    told, curves = [], []
+
+    def init(**settings):
+        told.append(settings)
+        curves.append(list((tmp_path / "run").glob("events.*")))
+
+    wandb = types.SimpleNamespace(init=init, run=types.SimpleNamespace(id="abc"))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run_dir = train(ppo_cartpole, tmp_path, track=True, **SHORT["ppo_cartpole"])
+    settings = SHORT["ppo_cartpole"] | {"wandb_project_name": "p", "wandb_entity": "e"}
+    run_dir = train(ppo_cartpole, tmp_path, track=True, **settings)
+    assert (told[0]["project"], told[0]["entity"], told[0]["name"]) == ("p", "e", "run")
+    assert told[0]["config"] == reload(ppo_cartpole, run_dir)[0]["args"]
+    assert told[0]["sync_tensorboard"]
+    assert not curves[0]  # W&B follows only the writers that are made after it
     assert go(ppo_cartpole, "--resume", run_dir, "--total-timesteps", 1200) == 0
     train(ppo_cartpole, tmp_path / "other", track=True, **SHORT["ppo_cartpole"])
     assert [settings["id"] for settings in told] == [None, "abc", None]
@@ -263,6 +278,86 @@ def test_a_finished_run_that_is_resumed_elsewhere_has_nothing_to_do(tmp_path, ca
     capfd.readouterr()
     assert go(ppo_cartpole, "--resume", first, "--run-dir", tmp_path / "other") == 0
     assert "could not be written" not in capfd.readouterr().err
+
+
+def test_a_checkpoint_without_its_folder_goes_on_in_a_new_one(tmp_path, monkeypatch):
+    """And writes nothing near the file."""
+    monkeypatch.chdir(tmp_path)
+    path = ppo_cartpole.find_checkpoint(train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"]))
+    (tmp_path / "downloads" / "from_a_friend").mkdir(parents=True)
+    copy = shutil.copy(path, tmp_path / "downloads" / "from_a_friend")
+    assert go(ppo_cartpole, "--resume", copy, "--total-timesteps", 1200) == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert reload(ppo_cartpole, run_dir)[0]["global_step"] == 1280
+    assert [x.name for x in (tmp_path / "downloads").rglob("*")] == ["from_a_friend", path.name]
+
+
+def test_another_seed_begins_with_other_weights(script, tmp_path, monkeypatch):
+    """Before the first gradient step, in which the games of the seed would show, too."""
+    module, first = SCRIPTS[script], []
+    start = module.Run.start
+
+    def watch(run, **state):
+        first.append([x.clone() for x in state["model"].parameters() if x.any()])  # without biases, which are 0
+        start(run, **state)
+
+    monkeypatch.setattr(module.Run, "start", watch)
+    for seed in (1, 1, 2):
+        train(module, tmp_path / str(len(first)), seed=seed, **SHORT[script] | {"total_timesteps": 1})
+    assert same(first[0], first[1])
+    assert not any(map(torch.equal, first[0], first[2]))
+
+
+def test_each_segment_plays_the_games_of_its_own_seed(script, tmp_path, monkeypatch):
+    module, seeds, used = SCRIPTS[script], [], []
+    begin_segment, make_envs = module.Run.begin_segment, module.make_envs
+
+    def make(*args, **settings):
+        envs = make_envs(*args, **settings)
+        reset = envs.reset
+        envs.reset = lambda *, seed=None, options=None: used.append(seed) or reset(seed=seed)
+        return envs
+
+    monkeypatch.setattr(module, "make_envs", make)
+    monkeypatch.setattr(module.Run, "begin_segment", lambda run: seeds.append(begin_segment(run)) or seeds[-1])
+    train(module, tmp_path, **SHORT[script])
+    assert used == seeds
+    assert len(set(used)) == 2
+
+
+def test_steps_a_second_are_those_of_this_process(tmp_path, monkeypatch):
+    """By a clock that ticks once for each update of 256 steps."""
+    ticks = []
+    clock = types.SimpleNamespace(time=lambda: 0, monotonic=lambda: ticks.append(1) or float(len(ticks)))
+    monkeypatch.setattr(ppo_cartpole, "time", clock)
+    run_dir = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
+    assert go(ppo_cartpole, "--resume", run_dir, "--total-timesteps", 1536) == 0
+    assert curve(run_dir, "charts/SPS") == [(256 * i, 256) for i in range(1, 7)]
+
+
+def test_ppo_cartpole_takes_one_thread(tmp_path):
+    torch.set_num_threads(2)
+    run_dir = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
+    assert reload(ppo_cartpole, run_dir)[0]["versions"]["threads"] == 1
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a power cut could leave a name with nothing behind it."""
+    synced, names, fsync, replace = {}, [], os.fsync, os.replace
+
+    def watch_fsync(number):
+        synced[os.fstat(number).st_ino] = os.fstat(number).st_size
+        fsync(number)
+
+    def watch_replace(old, new):
+        assert synced.pop(os.stat(old).st_ino) == os.stat(old).st_size > 0
+        names.append(Path(new).name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(os, "replace", watch_replace)
+    run_dir = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
+    assert names == [path.name for path in ppo_cartpole.list_checkpoints(run_dir)] != []
 
 
 def test_a_run_goes_on_in_its_folder_though_its_checkpoints_lie_elsewhere(tmp_path):
@@ -427,6 +522,15 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capfd
     train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
     (message,) = last_words(capfd)
     assert "cannot be locked" in message
+
+
+@pytest.mark.parametrize("load", [ppo_cartpole.load_checkpoint, evaluate.load_checkpoint])
+def test_a_checkpoint_of_a_gpu_is_read_without_one(load, checkpoint_file, monkeypatch):
+    checkpoint = load(checkpoint_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # noted beside each weight
+        torch.save(checkpoint, checkpoint_file)
+    assert same(load(checkpoint_file), checkpoint)
 
 
 def test_a_file_that_is_not_named_by_a_step_is_not_the_newest(checkpoint_file):

@@ -1,8 +1,10 @@
 """dqn_atari.py: its replay buffer against one that stores every stack whole, its targets, schedules and counts."""
 
+import errno
 import os
 import signal
 from collections import defaultdict
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from conftest import SHORT, reload, same, train
 from probes import DelayedReward, Endless, InFrames, RewardFromActionAndObs, TruncatedEndless, play_in_frames
+from test_checkpoint import curve
 
 import dqn_atari
 from dqn_atari import Args, ReplayBuffer, annealed_epsilon, dqn_update, epsilon_greedy, td_target, update_target
@@ -263,6 +266,107 @@ def test_gradient_steps_and_targets_come_when_a_single_game_would_bring_them(
     assert explored == [annealed_epsilon(args, step) for step in range(0, 192, num_envs)]
 
 
+def test_tau_and_batch_size_reach_the_updates(tmp_path, monkeypatch):
+    sizes, taus = set(), set()
+    monkeypatch.setattr(dqn_atari, "dqn_update", lambda *a: sizes.update(map(len, a[3])) or dqn_update(*a))
+    monkeypatch.setattr(dqn_atari, "update_target", lambda target_agent, agent, tau: taus.add(tau))
+    learn(monkeypatch, tmp_path, tau=0.25, batch_size=5)
+    assert (sizes, taus) == ({5}, {0.25})
+
+
+def test_the_target_network_is_a_copy_before_the_first_update(tmp_path, monkeypatch):
+    alike = []
+
+    def watch(agent, target_agent, *rest):
+        alike.append(same(agent.state_dict(), target_agent.state_dict()))
+        return dqn_update(agent, target_agent, *rest)
+
+    monkeypatch.setattr(dqn_atari, "dqn_update", watch)
+    learn(monkeypatch, tmp_path, target_network_frequency=1000)
+    assert alike == [True] + [False] * (len(alike) - 1)
+
+
+def test_the_online_network_plays_and_the_target_network_only_says_what_comes(tmp_path, monkeypatch):
+    calls, made, agent_class = set(), [], dqn_atari.Agent
+
+    class Watched(agent_class):
+        def forward(self, obs):
+            calls.add((made.index(self), len(obs)))
+            return super().forward(obs)
+
+    monkeypatch.setattr(dqn_atari, "Agent", lambda *a: made.append(Watched(*a)) or made[-1])
+    learn(monkeypatch, tmp_path, num_envs=2, batch_size=5)
+    online, target = 0, 1
+    assert calls == {(online, 2), (online, 5), (target, 5)}
+
+
+def test_curves_are_means_since_the_last_point_but_for_the_gradients_norm(tmp_path, monkeypatch):
+    """Two points in one segment: after 10 gradient steps, and after 2 more."""
+    found = []
+
+    def watch(agent, *rest):
+        metrics = dqn_update(agent, *rest)
+        norm = torch.cat([x.grad.flatten() for x in agent.parameters()]).norm()
+        found.append([metrics["td_loss"].item(), metrics["q_values"].item(), norm.item()])
+        return metrics
+
+    monkeypatch.setattr(dqn_atari, "dqn_update", watch)
+    settings = dict(num_envs=64, total_timesteps=1216, save_freq=2000, buffer_size=1024, learning_starts=0)
+    settings |= dict(train_frequency=100, learning_rate=0.003, exploration_fraction=0.9)
+    run_dir = learn(monkeypatch, tmp_path, **settings)
+    parts = np.array(found[:10]), np.array(found[10:])
+    for i, name in enumerate(("td_loss", "q_values", "grad_norm")):
+        values = [part[-1, i] if name == "grad_norm" else part[:, i].mean() for part in parts]
+        expected = [pytest.approx(value, rel=1e-4) for value in values]
+        assert curve(run_dir, f"losses/{name}") == list(zip((1024, 1216), expected, strict=True))
+    epsilons = [pytest.approx(annealed_epsilon(Args(**settings), step - 64)) for step in (1024, 1216)]
+    assert curve(run_dir, "charts/epsilon") == list(zip((1024, 1216), epsilons, strict=True))
+    assert curve(run_dir, "charts/learning_rate") == [(step, pytest.approx(0.003)) for step in (1024, 1216)]
+
+
+def test_training_clips(tmp_path, monkeypatch):
+    wanted = []
+    monkeypatch.setattr(
+        dqn_atari, "make_envs", lambda args, n, seed, training: wanted.append(training) or InFrames(Endless, n)
+    )
+    train(dqn_atari, tmp_path, **SHORT["dqn_atari"])
+    assert wanted == [True]
+
+
+def test_tiny_numbers_are_taken_for_zero_in_training(tmp_path, monkeypatch):
+    """Where weights get no gradient, Adam's averages fade to them, and a step on the CPU takes three times as long."""
+    products = []
+    monkeypatch.setattr(
+        dqn_atari, "dqn_update", lambda *a: products.append(torch.full((8,), 1e-30) * 1e-10) or dqn_update(*a)
+    )
+    learn(monkeypatch, tmp_path)
+    assert not any(x.any() for x in products)
+    torch.set_flush_denormal(False)
+    assert (torch.full((8,), 1e-30) * 1e-10).all()
+
+
+def test_the_network_is_that_of_the_paper():
+    """Computed anew from its weights: the convolutions, a ReLU after each layer but the last, pixels from 0 to 1."""
+    torch.manual_seed(0)
+    envs = SimpleNamespace(single_action_space=SimpleNamespace(n=6))
+    agent = dqn_atari.Agent(envs, Args())
+    obs = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        found, x = agent(obs), obs / 255
+        for i, stride in ((0, 4), (2, 2), (4, 1)):
+            x = torch.relu(torch.conv2d(x, agent.network[i].weight, agent.network[i].bias, stride))
+        x = torch.relu(agent.network[7](x.flatten(1)))
+        torch.testing.assert_close(found, agent.network[9](x))
+        assert 0 < found.abs().max() < 0.1  # nearly 0 at first
+        for i, gain in ((0, 2**0.5), (2, 2**0.5), (4, 2**0.5), (7, 2**0.5), (9, 0.01)):
+            rows = agent.network[i].weight.flatten(1) / gain
+            torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-4, rtol=0)  # orthogonal
+            assert not agent.network[i].bias.any()
+        agent.bf16 = True
+        rounded = agent(obs)
+    assert not torch.equal(rounded, rounded.bfloat16().float())  # the last layer has all digits of float32
+
+
 def test_actions_are_random_until_learning_starts(tmp_path, monkeypatch):
     """And the network's from then on, if epsilon is 0."""
     played, updated, step = [], [], InFrames.step
@@ -393,6 +497,59 @@ def test_a_total_that_is_already_reached_does_not_cost_the_memory(stopped):
     run_dir, checkpoint = stopped
     assert go_on(run_dir, checkpoint, total_timesteps=40, learning_starts=0) == 0
     assert (run_dir / "replay.bin").exists()
+
+
+def test_a_run_that_goes_on_needs_no_room_for_the_file_that_it_has(stopped, monkeypatch, capsys):
+    run_dir, checkpoint = stopped
+    monkeypatch.setattr(dqn_atari.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    args = Args(**checkpoint["args"])
+    dqn_atari.check_disk(args)
+    (run_dir / "replay.bin").unlink()
+    with pytest.raises(SystemExit):
+        dqn_atari.check_disk(args)
+
+
+def test_without_checkpoints_in_between_no_room_is_kept_for_them(tmp_path):
+    settings = SHORT["dqn_atari"] | {"save_freq": 10**10}  # 70 TB
+    dqn_atari.check_args(Args(**settings))
+    train(dqn_atari, tmp_path, **settings)
+
+
+def test_a_file_that_cannot_be_made_gets_one_sentence_and_is_not_left(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(SystemExit) as stop:
+        train(dqn_atari, tmp_path, **SHORT["dqn_atari"])
+    assert stop.value.code == 1
+    assert (
+        "replay.bin of 0.0 GB cannot be made (No space left on device): lower --buffer-size or --save-freq"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run" / "replay.bin").exists()
+
+
+def test_the_memory_stays_if_the_last_checkpoint_could_not_be_written(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(SystemExit):
+        learn(monkeypatch, tmp_path)
+    assert (tmp_path / "run" / "replay.bin").exists()
+
+
+def test_a_checkpoint_is_named_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Or a power cut could leave one that counts on rows that were never written, or an empty one."""
+    events, flush, fsync, replace = [], np.memmap.flush, os.fsync, os.replace
+    monkeypatch.setattr(np.memmap, "flush", lambda file: events.append(file.nbytes) or flush(file))
+    monkeypatch.setattr(os, "fsync", lambda number: events.append("fsync") or fsync(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append("replace") or replace(*paths))
+    settings = SHORT["dqn_atari"] | {"total_timesteps": 40, "learning_starts": 32}
+    train(dqn_atari, tmp_path, **settings)
+    rows = (32 // 2 + 4 + 40 // 2 + 1) * 2
+    assert events == [rows * 7063, 16, "fsync", "replace"]
 
 
 @pytest.mark.parametrize("broken", [{"buffer": 3}, {"target_model": {"a": 1}}, {"target_model": None}])

@@ -71,6 +71,26 @@ def test_what_is_reloaded_acts_as_what_was_saved(script, tmp_path, monkeypatch):
         obs = envs.step(actions.numpy())[0]
 
 
+@pytest.mark.parametrize(
+    ("policy", "logits", "value"),
+    [
+        ("ppo_cartpole-CartPole", [-0.9134, 0.9158], 49.9981),
+        ("ppo_atari-Pong", [-2.8360, 0.2668, -12.6266, 6.2460, -1.6749, 1.8417], -0.4646),
+        ("ppo_atari-Breakout", [2.7738, -3.9577, -1.0119, -7.6729], 4.3935),
+    ],
+)
+def test_the_trained_policies_compute_what_they_did(policy, logits, value):
+    """Weights also fit a network with another nonlinearity. A score may not show it: CartPole's is 500 all the same."""
+    path = ROOT / f"benchmarks/policies/{policy}.pt"
+    _, envs, agent = evaluate.rebuild(path, evaluate.Args(str(path)), 1)
+    agent.bf16, shape = False, envs.single_observation_space.shape
+    obs = torch.arange(np.prod(shape)).reshape(1, *shape)
+    with torch.no_grad():
+        found = agent((obs % 251).to(torch.uint8) if len(shape) > 1 else obs / 100)
+    assert found[0][0].tolist() == pytest.approx(logits, rel=1e-3)
+    assert found[1].item() == pytest.approx(value, rel=1e-3)
+
+
 class Hare(gym.vector.VectorEnv):
     """Environment 0 ends at each step with return 1, environment 1 at each tenth with return 10."""
 

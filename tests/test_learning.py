@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import reload, train
+from conftest import SHORT, reload, train
 from probes import (
     PROBES,
     CutOff,
     Endless,
+    InFrames,
+    Mixed,
     RewardFromActionAndObs,
     RewardFromObs,
     TruncatedEndless,
@@ -78,9 +80,10 @@ def test_ppo_loss_matches_a_loop_over_its_definition(clip_vloss, norm_adv):
     advantages = mb["advantages"].numpy()
     if norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
-    policy, value, clipped = [], [], []
+    policy, value, clipped, logratios = [], [], [], []
     for i in range(size):
-        ratio = np.exp(new_logprobs[i].item() - mb["logprobs"][i].item())
+        logratios.append(new_logprobs[i].item() - mb["logprobs"][i].item())
+        ratio = np.exp(logratios[-1])
         policy.append(-min(ratio * advantages[i], np.clip(ratio, 1 - clip, 1 + clip) * advantages[i]))
         clipped.append(abs(ratio - 1) > clip)
         new, old, target = (x[i].item() for x in (agent.values, mb["values"], mb["returns"]))
@@ -94,6 +97,8 @@ def test_ppo_loss_matches_a_loop_over_its_definition(clip_vloss, norm_adv):
     assert metrics["value_loss"].item() == pytest.approx(np.mean(value))
     assert metrics["entropy"].item() == pytest.approx(entropy)
     assert metrics["clipfrac"].item() == pytest.approx(np.mean(clipped))
+    assert metrics["old_approx_kl"].item() == pytest.approx(-np.mean(logratios))
+    assert metrics["approx_kl"].item() == pytest.approx(np.mean([np.exp(x) - 1 - x for x in logratios]))
     assert loss.item() == pytest.approx(np.mean(policy) - 0.02 * entropy + 0.7 * np.mean(value))
 
 
@@ -120,6 +125,75 @@ def test_running_norm_is_the_mean_and_variance_of_all_it_saw():
     assert torch.equal(norm.mean, before)  # only update() learns
 
 
+def test_running_norm_clips_and_bears_what_never_changes():
+    norm = RunningNorm(2)
+    norm.update(torch.tensor([[0.0, 7.0], [1.0, 7.0]]))
+    assert norm(torch.tensor([[1e6, 7.0], [-1e6, 7.0]])).tolist() == [[10, 0], [-10, 0]]
+
+
+@pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
+def test_a_new_agent_tries_all_actions_about_equally_often(module):
+    """Sampled; greedily it takes one and the same."""
+    args = module.Args()
+    envs = module.make_envs(args, 1, seed=0, training=False)
+    agent = module.Agent(envs, args)
+    obs = torch.as_tensor(envs.reset()[0])
+    obs = obs.expand(200, *obs.shape[1:])
+    with torch.no_grad():
+        probabilities = agent(10 * obs if module is ppo_cartpole else obs)[0].softmax(-1)
+        assert probabilities.sub(1 / envs.single_action_space.n).abs().max() < 0.01
+        assert len(agent.act(obs, greedy=True).unique()) == 1
+        counts = agent.act(obs, greedy=False).bincount(minlength=envs.single_action_space.n)
+    assert counts.min() > 0.5 * len(obs) / len(counts)
+
+
+@pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
+def test_adam_has_the_epsilon_of_the_docstring(module, tmp_path):
+    run_dir = train(module, tmp_path, **SHORT[module.__name__])
+    assert reload(module, run_dir)[0]["optimizer"]["param_groups"][0]["eps"] == 1e-5
+
+
+@pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
+def test_advantages_are_made_of_what_the_environments_said(module, tmp_path, monkeypatch):
+    """Each in its place, though episodes end in either way at any time; and with the flags of the run."""
+    agents, trainings, outcomes, cut_off = [], [], [], []
+    agent_class, make_envs, compute_gae = module.Agent, module.make_envs, module.compute_gae
+    if module is ppo_atari:  # in the first game, each step costs a life
+
+        def make_envs(args, num_envs, seed, training):
+            return InFrames(Mixed, num_envs, life_lost=np.arange(num_envs) == 0)
+
+    def watch_envs(*args, **settings):
+        envs = make_envs(*args, **settings)
+        step = envs.step
+        envs.step = lambda actions: outcomes.append(step(actions)) or outcomes[-1]
+        trainings.append(settings["training"])
+        return envs
+
+    def watch_gae(rewards, values, next_values, terminated, ended, gamma, gae_lambda):
+        for t, (obs, reward, over, truncated, infos) in enumerate(outcomes[-len(rewards) :]):
+            over, final_obs = over | infos.get("life_lost", False), infos.get("final_obs")
+            last = np.stack([final_obs[n] if truncated[n] else obs[n] for n in range(len(obs))])
+            expected = agents[0](torch.as_tensor(last))[1].where(torch.as_tensor(~over), 0)
+            torch.testing.assert_close(next_values[t] * ~terminated[t], expected, rtol=1e-4, atol=1e-6)
+            assert rewards[t].tolist() == pytest.approx(reward)
+            assert terminated[t].tolist() == over.tolist()
+            assert ended[t].tolist() == (over | truncated).tolist()
+            cut_off.append(truncated.sum())
+        assert (gamma, gae_lambda) == (0.9, 0.7)
+        return compute_gae(rewards, values, next_values, terminated, ended, gamma, gae_lambda)
+
+    monkeypatch.setattr(module, "Agent", lambda *a: agents.append(agent_class(*a)) or agents[-1])
+    monkeypatch.setattr(module, "make_envs", watch_envs)
+    monkeypatch.setattr(module, "compute_gae", watch_gae)
+    settings = dict(num_envs=4, num_steps=20, num_minibatches=1, total_timesteps=160, update_epochs=1, cuda=False)
+    settings |= {"env_id": PROBES["Mixed"]} if module is ppo_cartpole else {}
+    train(module, tmp_path, gamma=0.9, gae_lambda=0.7, **settings)
+    assert trainings == [True]  # rewards are clipped
+    assert len(cut_off) == 40
+    assert {0, 1, 2} <= set(cut_off)
+
+
 @pytest.mark.parametrize("anneal_lr", [True, False])
 @pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
 def test_learning_rate_falls_linearly_to_0_at_the_end(module, anneal_lr, tmp_path, monkeypatch):
@@ -144,6 +218,30 @@ def test_explained_variance_is_0_where_there_is_none_to_explain(module, values, 
     settings |= {"env_id": PROBES["RewardFromObs"]} if module is ppo_cartpole else {}
     run_dir = train(module, tmp_path, **settings)
     assert curve(run_dir, "losses/explained_variance") == [(32, 0), (64, 0), (96, 0)]
+
+
+def updated(monkeypatch, kls, **settings):
+    """ppo_update whose gradient steps report these KL divergences: how many it took, and what it returned."""
+    agent, taken = torch.nn.Linear(1, 1), iter(kls)
+
+    def loss(agent, minibatch, args):
+        return agent(minibatch[0]).mean(), {"approx_kl": torch.tensor(next(taken))}
+
+    monkeypatch.setattr(ppo_cartpole, "ppo_loss", loss)
+    optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
+    metrics = ppo_cartpole.ppo_update(agent, optimizer, (torch.ones(8, 1),) * 6, Args(**settings))
+    return len(kls) - len(list(taken)), metrics
+
+
+def test_the_kl_limit_looks_at_the_mean_of_the_last_epoch(monkeypatch):
+    """Not at the last minibatch, which is above it in the first epoch, nor at the whole update, which is below."""
+    kls = [0.0, 1.5, 2.5, 0.0, 0.0, 0.0]
+    assert updated(monkeypatch, kls, num_minibatches=2, update_epochs=3, target_kl=1.0)[0] == 4
+
+
+def test_what_is_logged_of_an_update_is_the_mean_of_its_gradient_steps(monkeypatch):
+    steps, metrics = updated(monkeypatch, [1.0, 2.0, 3.0, 6.0], num_minibatches=2, update_epochs=2, target_kl=None)
+    assert (steps, metrics["approx_kl"].item()) == (4, 3.0)
 
 
 def test_target_kl_ends_the_update_after_a_whole_epoch():
@@ -298,3 +396,14 @@ def test_bf16_is_the_same_network_with_fewer_digits(module):
     for (exact, rounded), tolerance in ((outputs, 0.02), (gradients, 0.1)):
         assert exact.dtype == rounded.dtype == torch.float32
         assert 0 < (exact - rounded).norm() < tolerance * exact.norm()
+
+
+def test_heads_of_bf16_have_all_digits_of_float32():
+    """Probability ratios near 1 need them."""
+    args = ppo_atari.Args(bf16=True)
+    envs = ppo_atari.make_envs(args, 2, seed=0, training=True)
+    agent, computed = ppo_atari.Agent(envs, args), []
+    for layer in (agent.network[0], agent.actor, agent.critic):
+        layer.register_forward_hook(lambda layer, inputs, output: computed.append(output.dtype))
+    agent(torch.as_tensor(envs.reset()[0]))
+    assert computed == [torch.bfloat16, torch.float32, torch.float32]

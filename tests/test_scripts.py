@@ -7,12 +7,18 @@ import shutil
 import sys
 import tomllib
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 import tyro
 from conftest import ROOT, SCRIPTS, SHORT, flags, run, train
+from probes import PROBES
+from simulated_gpu import simulated_gpu
 
 import evaluate
+import ppo_atari
+import ppo_cartpole
 
 FILES = ["ppo_cartpole.py", "ppo_atari.py", "dqn_atari.py", "evaluate.py"]
 OWN = {"Args", "make_envs", "Agent", "check_args", "train"}  # may differ from script to script
@@ -41,6 +47,11 @@ def test_what_two_scripts_share_they_share_to_the_letter(file, other):
     assert "fail" in shared
     for name in shared:
         assert ours[name] == theirs[name], f"{name} differs between {file} and {other}"
+
+
+def test_both_atari_scripts_play_the_same_games():
+    """test_atari.py looks at those of ppo_atari.py alone."""
+    assert definitions("ppo_atari.py")["make_envs"] == definitions("dqn_atari.py")["make_envs"]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -109,6 +120,70 @@ def test_what_a_user_sees(script, tmp_path):
     assert scored.returncode == 0, scored.stderr
 
 
+def test_a_new_run_gets_a_folder_named_by_what_it_is(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = SCRIPTS[script].Run(SCRIPTS[script].Args(env_id="my:ALE/Pong-v5", seed=7, exp_name="idea"))
+    assert re.fullmatch(r"runs/my-ALE-Pong-v5__idea__7__\d{10}", str(run.folder))
+
+
+def test_the_run_obeys_the_flags_of_the_device(script, tmp_path, monkeypatch):
+    module = SCRIPTS[script]
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # and so again when the test is over
+    for i, flag in enumerate((True, False)):
+        with simulated_gpu():
+            run = module.Run(module.Args(run_dir=str(tmp_path / str(i)), torch_deterministic=flag, cuda=flag))
+        assert run.device.type == ("cuda" if flag else "cpu")
+        assert torch.backends.cudnn.deterministic is flag
+
+
+class Doubles(gym.Env):
+    """In double precision, as NumPy makes it by default, and without a time limit."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float64)
+
+    def __init__(self, start=0):
+        self.action_space = gym.spaces.Discrete(2, start=start)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 1.0, False, bool(self.np_random.random() < 0.1), {}
+
+
+gym.register("Doubles-v0", Doubles)
+gym.register("FromOne-v0", Doubles, kwargs={"start": 1})
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_an_environment_in_double_precision_trains(norm_obs, tmp_path):
+    args = ppo_cartpole.Args(env_id="Doubles-v0", norm_obs=norm_obs)
+    ppo_cartpole.check_args(args)
+    train(ppo_cartpole, tmp_path, env_id="Doubles-v0", norm_obs=norm_obs, total_timesteps=512)
+
+
+def test_actions_that_do_not_begin_at_0_are_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, message = refuse(ppo_cartpole, ["--env-id", "FromOne-v0"], monkeypatch, capsys)
+    assert code == 2
+    assert "from 0" in message
+
+
+def test_no_time_limit_is_none_that_a_checkpoint_could_cut(capsys):
+    ppo_cartpole.check_args(ppo_cartpole.Args(env_id=PROBES["ConstantReward"], save_freq=1000))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("cuda", ["--no-cuda", "--cuda"])
+def test_bf16_is_measured_wherever_the_run_will_be_on_the_cpu(cuda, monkeypatch):
+    measured = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ppo_atari, "check_bf16", lambda: measured.append(1))
+    ppo_atari.check_args(tyro.cli(ppo_atari.Args, args=["--bf16", cuda]))
+    assert measured
+
+
 def test_help_explains_every_flag(script):
     done = run(f"{script}.py", "--help", cwd=ROOT)
     assert done.returncode == 0
@@ -124,6 +199,7 @@ def test_help_explains_every_flag(script):
 def refuse(module, arguments, monkeypatch, capsys):
     """Exit code and message of a command that must be refused: one sentence."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    monkeypatch.setattr(module.Run, "begin_segment", lambda run: pytest.fail("it was not refused"))
     with pytest.raises(SystemExit) as stop:
         module.train(module.read_args())
     message = re.sub("--save-freq .* cuts all .*\n", "", capsys.readouterr().err)  # a warning of short runs
@@ -169,6 +245,12 @@ PPO = {
     "--gae-lambda -0.1": "--gae-lambda",
     "--num-minibatches 3": "--num-minibatches 3",
     "--num-envs 2 --num-steps 4 --num-minibatches 8": "2 or more",
+    "--num-minibatches 0": "--num-minibatches",
+    "--clip-coef -0.1": "--clip-coef",
+    "--max-grad-norm -0.5": "--max-grad-norm",
+    "--ent-coef nan": "--ent-coef",
+    "--vf-coef -1": "--vf-coef",
+    "--target-kl -1": "--target-kl",
 }
 DQN = {
     "--train-frequency 0": "--train-frequency",

@@ -1,5 +1,6 @@
 """torchrun with both PPO scripts: several processes that learn as one. Here two, which talk through gloo."""
 
+import dataclasses
 import fcntl
 import os
 import signal
@@ -12,7 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SHORT, flags, same
 from probes import InFrames, RewardFromActionAndObs
+from simulated_gpu import simulated_gpu
 from test_checkpoint import PIPES
+
+import ppo_atari
 
 # What a script does, ppo_atari.py with games of one step; and a record of what each update got and did.
 PROGRAM = """
@@ -270,3 +274,21 @@ def test_what_cannot_be_shared_is_refused(script, num_ranks, settings, reason, t
     assert reason in message
     assert message.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_takes_the_gpu_of_its_number_on_its_own_machine(tmp_path, monkeypatch):
+    """The second process of the second machine, of two on each."""
+    chosen, args = [], ppo_atari.Args(run_dir=str(tmp_path / "run"))
+    for variable, value in {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(variable, str(value))
+
+    def broadcast(found):
+        assert chosen == [1]  # before anything is sent
+        found[:] = [None, tmp_path / "run", dataclasses.asdict(args)]
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with simulated_gpu():
+        assert ppo_atari.Run(args).num_envs == 2
+    assert chosen == [1]
