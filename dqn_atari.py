@@ -484,12 +484,12 @@ def check_args(args):
 
 
 def check_disk(args):
-    """Refuse a replay memory that the disk has no room for."""
+    """Refuse a replay memory that the disk has no room for. A finished run needs none."""
     needed = (args.buffer_size + min(args.save_freq, args.total_timesteps)) * 84 * 84
     path = Path(args.run_dir or "runs").absolute() / "replay.bin"
     free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
     free += path.stat().st_size if path.exists() else 0  # which is used again, or replaced
-    if needed > free:
+    if needed > free and not any(int(x.stem) >= args.total_timesteps for x in list_checkpoints(path.parent)):
         gb = f"{needed / 1e9:.1f} GB on the disk, of which {free / 1e9:.1f} GB are free"
         fail(f"--buffer-size {args.buffer_size} and --save-freq {args.save_freq} need {gb}: lower them.", code=2)
 

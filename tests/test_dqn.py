@@ -10,9 +10,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, reload, same, train
+from conftest import SHORT, flags, reload, same, train
 from probes import DelayedReward, Endless, InFrames, RewardFromActionAndObs, TruncatedEndless, play_in_frames
-from test_checkpoint import curve
+from test_checkpoint import curve, go
 
 import dqn_atari
 from dqn_atari import Args, ReplayBuffer, annealed_epsilon, dqn_update, epsilon_greedy, td_target, update_target
@@ -324,11 +324,14 @@ def test_curves_are_means_since_the_last_point_but_for_the_gradients_norm(tmp_pa
     assert curve(run_dir, "charts/learning_rate") == [(step, pytest.approx(0.003)) for step in (1024, 1216)]
 
 
-def test_training_clips(tmp_path, monkeypatch):
+def test_what_is_learned_from_are_clipped_rewards(tmp_path, monkeypatch):
     wanted = []
-    monkeypatch.setattr(
-        dqn_atari, "make_envs", lambda args, n, seed, training: wanted.append(training) or InFrames(Endless, n)
-    )
+
+    def make_envs(args, num_envs, seed, training):
+        wanted.append(training)
+        return InFrames(Endless, num_envs)
+
+    monkeypatch.setattr(dqn_atari, "make_envs", make_envs)
     train(dqn_atari, tmp_path, **SHORT["dqn_atari"])
     assert wanted == [True]
 
@@ -458,7 +461,7 @@ def go_on(run_dir, checkpoint, **changed):
 
 
 @pytest.mark.parametrize(("replay", "num_updates"), [("kept", 5), ("gone", 2), ("another's", 2), ("smaller", 2)])
-def test_resume_goes_on_with_target_network_and_replay(replay, num_updates, stopped, monkeypatch):
+def test_resume_goes_on_with_target_network_and_replay(replay, num_updates, stopped, monkeypatch, capsys):
     """Without its file it fills a new one before it learns, with 16 steps."""
     (run_dir, checkpoint), seen = stopped, []
     changed = {"num_envs": 4, "buffer_size": 36} if replay == "gone" else {}
@@ -476,6 +479,7 @@ def test_resume_goes_on_with_target_network_and_replay(replay, num_updates, stop
     monkeypatch.setattr(dqn_atari, "dqn_update", watch)
     assert go_on(run_dir, checkpoint, learning_rate=0.01, **changed) == 0
     assert len(seen) == num_updates
+    assert ("the replay memory starts empty" in capsys.readouterr().err) == (replay != "kept")
     assert same(seen[0], (list(checkpoint["target_model"].values()), 0.01))
     assert not same(checkpoint["target_model"], checkpoint["model"])
     assert not (run_dir / "replay.bin").exists()  # the run is finished
@@ -497,6 +501,15 @@ def test_a_total_that_is_already_reached_does_not_cost_the_memory(stopped):
     run_dir, checkpoint = stopped
     assert go_on(run_dir, checkpoint, total_timesteps=40, learning_starts=0) == 0
     assert (run_dir / "replay.bin").exists()
+
+
+def test_a_finished_run_needs_no_room(tmp_path, monkeypatch, capfd):
+    """A cluster may requeue it when others have filled the disk."""
+    command = flags(SHORT["dqn_atari"] | {"run_dir": tmp_path / "run"})
+    assert go(dqn_atari, *command) == 0
+    monkeypatch.setattr(dqn_atari.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert go(dqn_atari, *command) == 0
+    assert "is finished" in capfd.readouterr().out
 
 
 def test_a_run_that_goes_on_needs_no_room_for_the_file_that_it_has(stopped, monkeypatch, capsys):

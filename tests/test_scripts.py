@@ -264,6 +264,8 @@ DQN = {
     "--exploration-fraction 1": "--exploration-fraction 1.0",
     "--buffer-size 7 --learning-starts 0": "--buffer-size 7",
     "--buffer-size 79999": "--buffer-size 79999",
+    "--total-timesteps 64 --num-envs 3 --buffer-size 16 --learning-starts 16": "--buffer-size 16",  # 5 rows of 3
+    "--total-timesteps 64 --buffer-size 64 --learning-starts 32 --exploration-fraction 0.5": "--exploration-fraction",
     "--buffer-size 1000000000": "7059.5 GB",
 }
 OWN_USAGE = {"ppo_cartpole": PPO, "ppo_atari": PPO, "dqn_atari": DQN}
@@ -396,6 +398,7 @@ def test_wrong_usage_of_evaluate_gets_one_sentence(arguments, named, capsys):
         ("ppo_cartpole --save-freq 3000 --total-timesteps 3000", None),
         ("ppo_atari --save-freq 30000", 3750),
         ("dqn_atari --num-envs 64 --save-freq 320000", None),
+        ("dqn_atari --save-freq 39999", 4999),
     ],
 )
 def test_a_save_freq_that_cuts_episodes_off_is_named(arguments, length, capsys):
