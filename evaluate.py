@@ -356,7 +356,7 @@ def report(result):
         line += " in 1 episode"
     if result["human_normalized"] is not None:
         line += f", human-normalized {result['human_normalized']:.3f}"
-    print(f"{line}, time limit reached in {result['truncated']}", flush=True)
+    print(f"{line}, time limit reached in {result['truncated']} of {result['episodes']}", flush=True)
 
 
 def score_all(run_dir, args):

@@ -244,7 +244,7 @@ def test_what_is_printed_of_a_score(capsys):
     result = {"mean_return": 390.31, "std_return": 48.9, "ci95": [380.6, 400.0], "episodes": 100}
     evaluate.report(result | {"human_normalized": 13.4934, "truncated": 7})
     line = "return 390.31 ± 48.90 (std) over 100 episodes, 95% interval of the mean 380.60 to 400.00, "
-    assert capsys.readouterr().out == f"{line}human-normalized 13.493, time limit reached in 7\n"
+    assert capsys.readouterr().out == f"{line}human-normalized 13.493, time limit reached in 7 of 100\n"
 
 
 def test_all_scores_every_checkpoint_and_leaves_the_training_curves_alone(run_dir):
