@@ -11,13 +11,13 @@
 #     "tyro==1.0.17",
 # ]
 # ///
-"""DQN on Atari: deep Q-learning with a replay memory and a target network (Mnih et al. 2015, "Nature DQN").
+"""DQN on Atari: deep Q-learning with a replay buffer and a target network (Mnih et al. 2015, "Nature DQN").
 
     python dqn_atari.py --env-id BreakoutNoFrameskip-v4 --cuda
     python evaluate.py runs/<run>
 
 Measured: Pong 19.5 (1 seed, 100 games, 1.4 million steps, with the flags in benchmarks/README.md). The defaults have
-not been run to their end. A step is one action, held for 4 frames. The replay memory is a file in the run folder: 7.1
+not been run to their end. A step is one action, held for 4 frames. The replay buffer is a file in the run folder: 7.1
 GB for a million steps, and 3.5 GB for the steps between two checkpoints. A finished run removes it.
 
 Hyperparameters are those of CleanRL's published scores. The paper instead has 50 million steps, RMSProp, a clipped
@@ -27,9 +27,9 @@ error, learning from step 50,000, a target network copied every 10,000 gradient 
     zeros and does not clear them when a life is lost, and takes the maximum of two frames after conversion to gray.
 (2) A game truncated at 108,000 frames is not lost: the value of its last observation is bootstrapped.
 (3) All games start anew after each checkpoint, so that a killed run can be repeated exactly.
-(4) Orthogonal initialization: PyTorch's own takes many more gradient steps to notice the first rewards.
+(4) Orthogonal initialization, with a small last layer: with PyTorch's own, one run took far longer to notice rewards.
 (5) Several games are played side by side. Gradient steps and target updates come as often per step as with one game.
-(6) All actions are random until learning starts; only then does epsilon fall.
+(6) The actions of the first --learning-starts steps are random; only then does epsilon fall.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ class Args:
     tau: float = 1.0  # how far an update moves the target network toward the online network; 1 copies it
     target_network_frequency: int = 1000  # steps between updates of the target network; more: steadier and slower
     batch_size: int = 32  # transitions per gradient step (M)
-    start_e: float = 1.0  # chance of a random action (epsilon) when learning starts; before, all actions are random
+    start_e: float = 1.0  # chance of a random action (epsilon) after --learning-starts steps; before, all are random
     end_e: float = 0.01  # chance of a random action once it has fallen, and in evaluate.py without --greedy
     exploration_fraction: float = 0.1  # part of the run over which epsilon falls linearly, once learning has started
     learning_starts: int = 80_000  # steps in the buffer before the first gradient step
@@ -130,7 +130,7 @@ class Agent(nn.Module):
         return self.network[-1](x.float())  # in float32: the Q-values of an observation lie close together
 
     def act(self, obs, greedy):
-        """For evaluate.py: obs (N, 4, 84, 84) uint8 -> actions (N,) int64, the best, or exploring by end_e."""
+        """For evaluate.py: obs (N, 4, 84, 84) uint8 -> actions (N,) int64, exploring by end_e unless `greedy`."""
         return epsilon_greedy(self(obs), 0.0 if greedy else self.end_e)
 
 
@@ -152,7 +152,7 @@ class ReplayBuffer:
     so its final frame is kept aside. (terminated includes a lost life here: nothing is expected after it.)
 
     The rows are a memory-mapped file: the system keeps in memory what it has room for, and they outlive the program.
-    A checkpoint only says which rows it counts on; those stay untouched until `spare` more steps have been added.
+    A checkpoint only says which rows it counts on. They stay untouched for `spare` steps, fixed when the file is made.
     """
 
     def __init__(self, folder, envs, capacity, spare):
@@ -160,19 +160,19 @@ class ReplayBuffer:
         self.path, self.num_envs = Path(folder) / "replay.bin", envs.num_envs
         self.stack, *frame = envs.single_observation_space.shape  # 4, 84, 84
         fields = [("frame", np.uint8, frame), ("action", np.uint8), ("reward", np.float32), ("terminated", bool)]
-        self.fields = np.dtype([*fields, ("num_earlier", np.uint8)])  # frames of the same game in its stack, up to 3
+        self.fields = np.dtype([*fields, ("num_earlier", np.uint8)])  # frames before it that are of its game, up to 3
         self.max_filled = capacity // self.num_envs  # rows
-        self.num_rows = self.max_filled + self.stack + spare // self.num_envs + 1  # incl. the oldest row's stack
+        self.num_rows = self.max_filled + self.stack + spare // self.num_envs + 1  # incl. 3 before the oldest, 1 begun
         self.count = self.filled = 0  # rows completed so far, and how many of them can be sampled
         self.final_frames = {}  # (row, n) -> final frame of game n, which was truncated at that row's step
         self.file = None
 
     def begin_games(self, obs):
-        """New games begin: obs (N, 4, 84, 84) is what is seen first."""
+        """New games begin: obs (N, 4, 84, 84) is what is seen first. Makes the file, unless there is one."""
         if self.file is None:
             make_file(self.path, self.num_rows * self.num_envs * self.fields.itemsize + 16)
             self.map_file()
-            self.footer[1] = int.from_bytes(os.urandom(7))
+            self.footer[1] = int.from_bytes(os.urandom(7))  # not from --seed: each file has its own
         self.begin_row(obs, 0)
 
     def map_file(self):
@@ -237,10 +237,10 @@ class ReplayBuffer:
 
     def load_state_dict(self, state):
         """Continue with a checkpoint's rows. If their file is gone, the buffer starts empty, to be filled again."""
-        end = state["num_rows"] * state["num_envs"] * self.fields.itemsize + 8
-        kept = self.path.is_file() and self.path.stat().st_size == end + 8
-        if not kept or np.fromfile(self.path, np.int64, offset=end).tolist() != [state["identity"]]:
-            tqdm.write(f"{self.path} is gone, or another run's: the replay memory starts empty.", file=sys.stderr)
+        offset = state["num_rows"] * state["num_envs"] * self.fields.itemsize + 8  # of the identity, the last 8 bytes
+        kept = self.path.is_file() and self.path.stat().st_size == offset + 8
+        if not kept or np.fromfile(self.path, np.int64, offset=offset).tolist() != [state["identity"]]:
+            tqdm.write(f"{self.path} is gone, or another run's: the replay buffer starts empty.", file=sys.stderr)
             return
         if (state["num_envs"], state["max_filled"]) != (self.num_envs, self.max_filled):
             fail(f"--num-envs and --buffer-size must stay as they were, unless you remove {self.path}.", code=2)
@@ -255,7 +255,7 @@ class ReplayBuffer:
 
 
 def annealed_epsilon(args, global_step):
-    """The chance of a random action: 1 until learning starts, then falling linearly from start_e to end_e."""
+    """The chance of a random action: 1 for learning_starts steps, then falling linearly from start_e to end_e."""
     if global_step < args.learning_starts:
         return 1.0
     num_steps = max(1, args.exploration_fraction * args.total_timesteps)
@@ -293,7 +293,7 @@ def update_target(target_agent, agent, tau):
 
 def train(args):
     """Train to --total-timesteps, or until Ctrl-C. Returns the exit code."""
-    torch.set_flush_denormal(True)  # Adam's averages of dead weights decay to denormals, which are slow on a CPU
+    torch.set_flush_denormal(True)  # in threads begun from here: dead weights leave Adam denormals, slow on a CPU
     run = Run(args)
     envs = make_envs(args, run.num_envs, seed=0, training=True)  # each segment seeds them anew
     agent, target_agent = Agent(envs, args).to(run.device), Agent(envs, args).to(run.device)
@@ -316,7 +316,7 @@ def train(args):
             obs, rewards, terminated, truncated, infos = envs.step(actions)
             run.record_step(infos["raw_rewards"], terminated | truncated)
 
-            # Remember. Losing a life ends the episode for learning only. Where a game ended, `obs` belongs to the next.
+            # Remember. A lost life ends the episode for learning only. Where a game ended, `obs` is already the next.
             final_obs = {n: infos["final_obs"][n] for n in np.flatnonzero(truncated).tolist()}
             buffer.add(actions, rewards, terminated | infos["life_lost"], terminated | truncated, final_obs, obs)
 
@@ -329,7 +329,7 @@ def train(args):
                     if step % args.target_network_frequency == 0:
                         update_target(target_agent, agent, args.tau)
 
-            # Log
+            # Log, every 1,000 steps
             if run.global_step % 1000 < args.num_envs or run.segment_over():
                 metrics = {}
                 if history:
@@ -343,7 +343,7 @@ def train(args):
     envs.close()
     code = run.end()
     if code == 0 and run.global_step > run.first_step:
-        buffer.path.unlink(missing_ok=True)  # a run that has just been finished does not need it
+        buffer.path.unlink(missing_ok=True)  # just finished; not a longer run resumed with fewer steps
     return code
 
 
@@ -484,7 +484,7 @@ def check_args(args):
 
 
 def check_disk(args):
-    """Refuse a replay memory that the disk has no room for. A finished run needs none."""
+    """Refuse a replay buffer that the disk has no room for. A finished run needs none."""
     needed = (args.buffer_size + min(args.save_freq, args.total_timesteps)) * 84 * 84
     path = Path(args.run_dir or "runs").absolute() / "replay.bin"
     free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
@@ -510,8 +510,8 @@ def check_bf16():
     """Say so where bfloat16 is slower than float32: measured, as not every processor that has it is fast."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
-        work = {"conv": nn.Conv2d(32, 64, 4, 2).to(dtype), "x": torch.rand(8, 32, 20, 20).to(dtype)}
-        seconds.append(Timer("conv(x).sum().backward()", globals=work).timeit(5).mean)
+        setup = f"conv, x = torch.nn.Conv2d(32, 64, 4, 2).to({dtype}), torch.rand(8, 32, 20, 20).to({dtype})"
+        seconds.append(Timer("conv(x).sum().backward()", setup).timeit(5).mean)  # on one thread: starts no others
     if seconds[1] > seconds[0]:
         print("--bf16 may be slower than float32 on this processor: leave it off.", file=sys.stderr)
 

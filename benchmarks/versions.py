@@ -98,7 +98,7 @@ def main(args):
 if __name__ == "__main__":
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            os.environ["TMPDIR"] = folder  # of the versions, too: DQN's replay memory takes gigabytes
+            os.environ["TMPDIR"] = folder  # of the versions, too: DQN's replay buffer takes gigabytes
             main(tyro.cli(Args, description=__doc__))
     except EOFError:
         sys.exit("versions.py: a script has ended before its turns had: run it by itself to see why, or let it last.")

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, flags, reload, same, train
+from conftest import ROOT, SHORT, flags, reload, same, train
 from probes import DelayedReward, Endless, InFrames, RewardFromActionAndObs, TruncatedEndless, play_in_frames
 from test_checkpoint import curve, go
 
@@ -348,6 +350,25 @@ def test_tiny_numbers_are_taken_for_zero_in_training(tmp_path, monkeypatch):
     assert (torch.full((8,), 1e-30) * 1e-10).all()
 
 
+def test_tiny_numbers_are_taken_for_zero_on_every_core():
+    """Only threads that torch starts afterwards heed the setting: the measurement for --bf16 must not start any."""
+    code = """
+import torch, dqn_atari
+
+def stop(args):
+    print(torch.get_num_threads(), (torch.full((400_000,), 1e-30) * 1e-10).count_nonzero().item())
+    raise SystemExit
+
+dqn_atari.Run = stop
+dqn_atari.train(dqn_atari.read_args())
+"""
+    flags = "--no-cuda --bf16 --buffer-size 1000 --learning-starts 100 --save-freq 100000 --total-timesteps 100000"
+    command = [sys.executable, "-c", code, *flags.split()]
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "2 0\n", done.stderr
+
+
 def test_the_network_is_that_of_the_paper():
     """Computed anew from its weights: the convolutions, a ReLU after each layer but the last, pixels from 0 to 1."""
     torch.manual_seed(0)
@@ -479,7 +500,7 @@ def test_resume_goes_on_with_target_network_and_replay(replay, num_updates, stop
     monkeypatch.setattr(dqn_atari, "dqn_update", watch)
     assert go_on(run_dir, checkpoint, learning_rate=0.01, **changed) == 0
     assert len(seen) == num_updates
-    assert ("the replay memory starts empty" in capsys.readouterr().err) == (replay != "kept")
+    assert ("the replay buffer starts empty" in capsys.readouterr().err) == (replay != "kept")
     assert same(seen[0], (list(checkpoint["target_model"].values()), 0.01))
     assert not same(checkpoint["target_model"], checkpoint["model"])
     assert not (run_dir / "replay.bin").exists()  # the run is finished
