@@ -235,7 +235,7 @@ def ppo_update(agent, optimizer, batch, args):
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # before clipping
             optimizer.step()
             history.append(metrics)
-        if args.target_kl is not None:
+        if args.target_kl is not None:  # compared with the last epoch's, not with the mean that is logged
             kl = torch.stack([metrics["approx_kl"] for metrics in history[-args.num_minibatches :]]).mean()
             average_over_ranks([kl])
             if kl > args.target_kl:
@@ -324,7 +324,7 @@ class AtariGames(VectorWrapper):
         protocol = dict(
             num_envs=num_envs,
             batch_size=0,  # a step waits for all games
-            num_threads=0,  # one emulator thread per core
+            num_threads=0,  # at most one emulator thread per core
             frameskip=4,  # an action is held for 4 frames: 15 decisions per second of play
             maxpool=True,  # the agent sees the maximum of the last 2 frames: some sprites are drawn on every other one
             noop_max=30,  # a game begins with 0 to 29 idle frames, drawn from the seed, so that games start differently
@@ -567,7 +567,7 @@ class Run:
         if self.num_ranks == 1 and time.monotonic() > self.stop_time + 1:  # sooner, it is the first one, sent twice
             os._exit(128 + number)
         self.stop_signal, self.stop_time = number, min(self.stop_time, time.monotonic())
-        self.stopped = self.num_ranks == 1  # several processes decide together in log()
+        self.stopped |= self.num_ranks == 1  # several processes decide together in log()
         self.bar.disable = True  # it could no longer be printed: Ctrl-C also ends the `tee` of `2>&1 | tee log`
         with contextlib.suppress(OSError):
             os.write(2, b"\nStopping: saving a checkpoint first.\n")  # print is not reentrant
@@ -651,7 +651,7 @@ class Run:
             message = f"Stopped at step {self.global_step:,}. Continue: {launch} {sys.argv[0]} --resume {self.folder}"
             code = 128 + (self.stop_signal or signal.SIGTERM)  # which another process may have received
         if not self.saved:
-            fail(f"the last checkpoint could not be written: --resume {self.folder} continues from an earlier one.")
+            fail(f"the last checkpoint was not written: --resume {self.folder} continues from an earlier one, if any.")
         if self.rank == 0:
             self.lock.close()
             with contextlib.suppress(OSError):

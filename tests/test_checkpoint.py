@@ -378,7 +378,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": ROOT}, text=True, **PIPES)
     assert done.returncode == 1
     assert done.stderr.count("could not be written, training continues") == 4
-    assert "the last checkpoint could not be written" in done.stderr.splitlines()[-1]
+    assert "the last checkpoint was not written" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run").glob("checkpoints/*.pt"))
 
@@ -475,6 +475,16 @@ def test_what_a_signal_saves_is_what_an_uninterrupted_run_had_then(script, tmp_p
     assert err.count("Stopping") == 1
     assert f"Stopped at step {2 * update:,}. Continue: python x.py --resume {settings['run_dir']}" in err
     assert go(module, "--resume", settings["run_dir"]) == 0
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_a_signal_changes_nothing_in_what_several_processes_agreed_on(script, agreed):
+    """torchrun sends one to the others when a process has stopped and ended: they may still be saving."""
+    this = object.__new__(SCRIPTS[script].Run)
+    this.num_ranks, this.stop_time, this.stopped, this.bar = 2, float("inf"), agreed, types.SimpleNamespace()
+    this.request_stop(signal.SIGTERM, None)
+    assert this.stopped is agreed
+    assert this.stop_signal == signal.SIGTERM
 
 
 @pytest.mark.parametrize(
