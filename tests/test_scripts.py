@@ -291,9 +291,10 @@ def test_bf16_is_measured_before_it_is_used(name, slower, monkeypatch, capsys):
     module = SCRIPTS[name]
 
     class Clock:
-        def __init__(self, work, globals):
-            exec(work, globals)  # what is measured runs
-            self.mean = 1.0 + slower * (globals["x"].dtype == torch.bfloat16)
+        def __init__(self, work, setup):
+            names = {"torch": torch}
+            exec(f"{setup}\n{work}", names)  # what is measured runs
+            self.mean = 1.0 + slower * (names["x"].dtype == torch.bfloat16)
 
         def timeit(self, number):
             return self
