@@ -353,7 +353,7 @@ gym.register_envs(ale_py)
 
 
 def spread_seed(*key):
-    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: number i gets seed + i."""
+    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: environment i gets seed + i."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
@@ -452,7 +452,7 @@ def fail(message, code=1):
 
 
 def check_numbers(args, names, low, high=math.inf):
-    """Refuse flags (their names in one string) outside of [low, high], and NaN. None is allowed."""
+    """Refuse flags (their names in one string) outside of [low, high], infinity and NaN. None is allowed."""
     for name in names.split():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is not None and not (low <= value <= high and math.isfinite(value)):
@@ -617,7 +617,7 @@ class Run:
         return self.stopped or self.global_step >= self.args.total_timesteps
 
     def begin_segment(self):
-        """Reseed everything random from --seed and the step. Returns the seed for the environments.
+        """Seed PyTorch from --seed and the step. Returns the seed for the environments: the rest of the randomness.
 
         So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit.
         """
@@ -708,7 +708,7 @@ class Run:
         self.bar.close()
         paths = list_checkpoints(self.folder)
         advice = f"continue from {paths[-1]} with --resume and" if paths else "start again with"
-        fail(f"{reason} after {self.global_step:,} steps: {advice} a smaller --learning-rate.")
+        fail(f"{reason} after {self.global_step:,} steps: {advice} a smaller --learning-rate, or mend the environment.")
 
     def end(self):
         """Say what to do next. Returns the exit code: 0 if finished, 128 + the signal if stopped."""

@@ -19,9 +19,9 @@
     python evaluate.py runs/<run> --follow                  # the same while it trains, and keeps the best as best.pt
     python evaluate.py runs/<run> --video film.mp4          # films the episodes; --render shows them in a window
 
-A checkpoint names the script that wrote it, which builds environments and agent. It must lie beside this file or be
-given with --script, and define Args, Agent(envs, args) with act(obs, greedy), and make_envs(args, num_envs, seed,
-training, render): a vector environment in SAME_STEP mode, with unclipped rewards where training=False.
+A checkpoint names the script that wrote it, which builds environments and agent. The script must lie beside this
+file or be given with --script, and define Args, Agent(envs, args) with act(obs, greedy), and make_envs(args, num_envs,
+seed, training, render): a vector environment in SAME_STEP mode, with unclipped rewards where training=False.
 """
 
 import contextlib
@@ -131,7 +131,7 @@ class Args:
 
 
 def spread_seed(*key):
-    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: number i gets seed + i."""
+    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: environment i gets seed + i."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
@@ -255,7 +255,7 @@ class Screen:
 
     def close(self):
         """Complete the film. One that was cut short can be played too."""
-        if self.writer:
+        if self.writer and self.writer.isOpened():
             self.writer.release()
             length = self.pictures / self.fps
             print(f"{self.film}: {self.pictures:,} pictures, {length:.1f} s at {self.fps:g} per second", flush=True)
@@ -318,7 +318,8 @@ def score(path, args):
     env_id, step = checkpoint["args"].get("env_id", checkpoint["script"]), checkpoint["global_step"]
     how = "greedy" if args.greedy else "acting as at the end of training"
     where = "the GPU" if next(agent.parameters()).is_cuda else "the CPU (no GPU)" if args.cuda else "the CPU"
-    print(f"{path}: {env_id} after {step:,} steps, {args.episodes} episodes, {how}, on {where}", flush=True)
+    episodes = f"{args.episodes} episode{'s' * (args.episodes > 1)}"
+    print(f"{path}: {env_id} after {step:,} steps, {episodes}, {how}, on {where}", flush=True)
     screen = Screen(args.render, args.video, envs.metadata.get("render_fps", 30)) if watched else None
     with tqdm(total=args.episodes, unit="episode", disable=None, leave=False) as bar:  # None: only at a terminal
         try:
@@ -375,7 +376,7 @@ def score_all(run_dir, args):
             writer.flush()
             write_json(results, args)
     for file in earlier:
-        file.unlink()  # TensorBoard would mix the two
+        file.unlink(missing_ok=True)  # TensorBoard would mix the two; another --all may have removed it
     print(f"Look at the curve: tensorboard --logdir {run_dir}")
 
 
@@ -450,7 +451,7 @@ def keep(path, best_path):
     new = best_path.with_suffix(".tmp")
     new.unlink(missing_ok=True)  # left by a process that was killed
     try:
-        new.hardlink_to(path)
+        new.hardlink_to(path.resolve())
     except OSError:
         with open(new, "xb") as file:  # x: a new file, for an old one may be a link to another checkpoint
             file.write(path.read_bytes())

@@ -22,7 +22,7 @@ For any Gymnasium environment with vector observations and discrete actions. --e
 own, registered by my_module.py beside this file.
 
 Like openai/baselines, this file adds to the paper: orthogonal initialization, Adam's epsilon of 1e-5, advantages
-normalized per minibatch, gradients clipped to a global norm. Unlike both, it does not treat an episode truncated
+normalized per minibatch, gradients clipped to a global norm. Unlike baselines, it does not treat an episode truncated
 (at CartPole's 500 steps) as terminated: the value of its last observation is bootstrapped. Hyperparameters are based on
 rl-baselines3-zoo's; twice the learning rate learns faster, and --target-kl guards against steps too large.
 """
@@ -328,7 +328,7 @@ def train(args):
 
 
 def spread_seed(*key):
-    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: number i gets seed + i."""
+    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: environment i gets seed + i."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
@@ -337,13 +337,14 @@ def make_envs(args, num_envs, seed, training, render=False):
     step: obs is then the first of the new one, and infos["final_obs"] has the last of the old one.
     """
     render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment accepts it
-    makers = [lambda: gym.make(args.env_id, **render_mode)] * num_envs
+    # Copied: some environments return one array over and over, and "final_obs" would change under way
+    makers = [lambda: gym.wrappers.TransformObservation(gym.make(args.env_id, **render_mode), np.copy, None)] * num_envs
     try:
         envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     except (gym.error.Error, ImportError) as error:
         close = [] if args.env_id in gym.registry else difflib.get_close_matches(args.env_id, gym.registry)
         hint = f" Close: {', '.join(close)}." if close else ""
-        fail(f"--env-id {args.env_id} cannot be made: {str(error).splitlines()[0]}{hint}", code=2)
+        fail(f"--env-id {args.env_id} cannot be made: {(str(error) or '?').splitlines()[0]}{hint}", code=2)
     obs, actions = envs.single_observation_space, envs.single_action_space
     vectors = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
     if not (vectors and isinstance(actions, gym.spaces.Discrete) and actions.start == 0):
@@ -362,7 +363,7 @@ def fail(message, code=1):
 
 
 def check_numbers(args, names, low, high=math.inf):
-    """Refuse flags (their names in one string) outside of [low, high], and NaN. None is allowed."""
+    """Refuse flags (their names in one string) outside of [low, high], infinity and NaN. None is allowed."""
     for name in names.split():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is not None and not (low <= value <= high and math.isfinite(value)):
@@ -384,7 +385,7 @@ def check_args(args):
         least = "2 or more steps, for --norm-adv" if args.norm_adv else "1 or more steps"
         fail(f"--num-minibatches {parts} must cut {batch_size} steps into equal parts of {least}.", code=2)
     envs = make_envs(args, 1, seed=0, training=True)  # a bad --env-id is refused here, before a folder is made
-    length, limit = args.save_freq // args.num_envs, envs.envs[0].spec.max_episode_steps or 0
+    length, limit = max(args.save_freq // args.num_envs, args.num_steps), envs.envs[0].spec.max_episode_steps or 0
     if length < limit and args.save_freq < args.total_timesteps:
         print(f"--save-freq {args.save_freq} cuts all episodes off after {length} steps: raise it.", file=sys.stderr)
     envs.close()
@@ -491,7 +492,7 @@ class Run:
         return self.stopped or self.global_step >= self.args.total_timesteps
 
     def begin_segment(self):
-        """Reseed everything random from --seed and the step. Returns the seed for the environments.
+        """Seed PyTorch from --seed and the step. Returns the seed for the environments: the rest of the randomness.
 
         So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit.
         """
@@ -582,7 +583,7 @@ class Run:
         self.bar.close()
         paths = list_checkpoints(self.folder)
         advice = f"continue from {paths[-1]} with --resume and" if paths else "start again with"
-        fail(f"{reason} after {self.global_step:,} steps: {advice} a smaller --learning-rate.")
+        fail(f"{reason} after {self.global_step:,} steps: {advice} a smaller --learning-rate, or mend the environment.")
 
     def end(self):
         """Say what to do next. Returns the exit code: 0 if finished, 128 + the signal if stopped."""

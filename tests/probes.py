@@ -125,6 +125,20 @@ class CutOff(RewardFromActionAndObs):
         return 0.2 if self.t == self.length else super().observe()
 
 
+class OneArray(CutOff):
+    """The same, with every observation written into one array, as environments do that save memory."""
+
+    array = np.zeros(1, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.array[:], infos = super().reset(seed=seed)
+        return self.array, infos
+
+    def step(self, action):
+        self.array[:], *outcome = super().step(action)
+        return self.array, *outcome
+
+
 PROBES = {}
 for probe in (
     ConstantReward,
@@ -134,6 +148,7 @@ for probe in (
     RewardFromActionAndObs,
     TruncatedEndless,
     Mixed,
+    OneArray,
 ):
     PROBES[probe.__name__] = f"Probe{probe.__name__}-v0"
     gym.register(PROBES[probe.__name__], entry_point=probe)

@@ -393,6 +393,16 @@ def test_a_film_that_was_interrupted_can_be_played(run_dir, tmp_path, monkeypatc
     assert "7 pictures" in capsys.readouterr().out
 
 
+def test_a_film_that_cannot_be_written_gets_one_sentence(run_dir, tmp_path, capsys):
+    (tmp_path / "film.mp4").mkdir()
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(str(run_dir), episodes=1, video=str(tmp_path / "film.mp4")))
+    out, err = capsys.readouterr()
+    assert "pictures" not in out
+    assert "film.mp4 cannot be written" in err
+    assert " 1 episode, " in out
+
+
 def test_the_window_shows_the_game_at_its_speed_until_q(run_dir, monkeypatch):
     """OpenCV's window is replaced: a machine that runs tests has no display."""
     shown = []

@@ -134,6 +134,17 @@ def test_follow_scores_as_all_does(run_dir, tmp_path, capsys):
     assert [one["global_step"] for one in scored] == STEPS
 
 
+def test_a_checkpoint_that_lies_elsewhere_is_kept_itself_not_its_symbolic_link(run_dir, play):
+    best, elsewhere = checkpoint(run_dir, 768), run_dir.with_name("disk") / "moved.pt"
+    elsewhere.parent.mkdir()
+    best.rename(elsewhere)
+    best.symlink_to(elsewhere)
+    play(10, 20, 30, 25)
+    assert follow(run_dir) == 0
+    assert not (run_dir / "best.pt").is_symlink()
+    assert (run_dir / "best.pt").read_bytes() == elsewhere.read_bytes()
+
+
 def test_where_the_file_system_has_no_hard_links_best_is_a_copy(run_dir, play, monkeypatch):
     """And what a killed process left behind, a link to another checkpoint, is not written to."""
     os.link(checkpoint(run_dir, 256), run_dir / "best.tmp")

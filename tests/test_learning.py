@@ -194,6 +194,15 @@ def test_advantages_are_made_of_what_the_environments_said(module, tmp_path, mon
     assert {0, 1, 2} <= set(cut_off)
 
 
+def test_an_environment_that_has_one_array_for_all_observations_keeps_its_last_one():
+    """Gymnasium stores final_obs as it was returned, and the first observation of the next episode overwrote it."""
+    envs = ppo_cartpole.make_envs(Args(env_id=PROBES["OneArray"]), 2, seed=1, training=True)
+    obs, _, _, truncated, infos = envs.step(np.zeros(2, np.int64))
+    assert truncated.all()
+    assert np.stack(infos["final_obs"]) == pytest.approx(0.2)
+    assert set(np.abs(obs.flat)) == {1}
+
+
 @pytest.mark.parametrize("anneal_lr", [True, False])
 @pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
 def test_learning_rate_falls_linearly_to_0_at_the_end(module, anneal_lr, tmp_path, monkeypatch):

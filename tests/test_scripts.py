@@ -397,6 +397,8 @@ def test_wrong_usage_of_evaluate_gets_one_sentence(arguments, named, capsys):
         ("ppo_cartpole --num-envs 32", None),
         ("ppo_cartpole --env-id Acrobot-v1 --save-freq 3000", 375),
         ("ppo_cartpole --save-freq 3000 --total-timesteps 3000", None),
+        ("ppo_cartpole --save-freq 800 --num-steps 400", 400),  # a rollout is played to its end
+        ("ppo_cartpole --save-freq 800 --num-steps 500", None),
         ("ppo_atari --save-freq 30000", 3750),
         ("dqn_atari --num-envs 64 --save-freq 320000", None),
         ("dqn_atari --save-freq 39999", 4999),
