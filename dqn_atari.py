@@ -16,9 +16,9 @@
     python dqn_atari.py --env-id BreakoutNoFrameskip-v4 --cuda
     python evaluate.py runs/<run>
 
-Measured: Pong 19.5 (1 seed, 100 games, 1.4 million steps, with the flags in benchmarks/README.md). The defaults have
-not been run to their end. A step is one action, held for 4 frames. The replay buffer is a file in the run folder: 7.1
-GB for a million steps, and 3.5 GB for the steps between two checkpoints. A finished run removes it.
+Measured: Pong 18.2 ± 1.0 (mean ± std of 3 seeds, 100 games each; 2 million steps, flags in benchmarks/README.md). The
+defaults have not been run to their end. A step is one action, held for 4 frames. The replay buffer is a file in the run
+folder: 7.1 GB for a million steps, and 3.5 GB for the steps between two checkpoints. A finished run removes it.
 
 Hyperparameters are those of CleanRL's published scores. The paper instead has 50 million steps, RMSProp, a clipped
 error, learning from step 50,000, a target network copied every 10,000 gradient steps, and exploration that falls to

@@ -155,7 +155,8 @@ def test_without_a_gpu_or_with_another_machines_results_it_says_so(tmp_path):
     if not torch.cuda.is_available():
         done, _ = run(tmp_path)
         expected = "gpu.py: PyTorch finds no GPU. --device cpu tries out this program without one.\n"
-        assert (done.returncode, done.stderr) == (1, expected)
+        assert done.returncode == 1
+        assert done.stderr.endswith(expected)  # PyTorch's CUDA build may warn before
     results = gpu.Results(tmp_path / "results")
     results.add(gpu.Task("Machine", "this one", "GPU", None), {"GPU": "another"})
     done, _ = run(tmp_path, "--device", "cpu")
