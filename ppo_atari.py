@@ -554,7 +554,7 @@ class Run:
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
-        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # 2: evaluate.py
+        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # evaluate.py takes 2
         torch.manual_seed(seed)
         return seed
 
