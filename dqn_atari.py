@@ -581,15 +581,15 @@ class Run:
             fail(f"{what}: continue it with --resume {self.folder}, or name another --run-dir.", code=2)
         return newest
 
-    def start(self, **state):
-        """Restore `state` (objects with a state_dict, by name), open the curves, and say what is about to run."""
-        self.state, self.start_time = state, time.monotonic()
+    def start(self, model, optimizer, **more):
+        """Restore what is given (objects with a state_dict), open the curves, and say what is about to run."""
+        self.state, self.start_time = {"model": model, "optimizer": optimizer, **more}, time.monotonic()
         try:
             if self.checkpoint and not self.finished():
-                for name, x in state.items():
+                for name, x in self.state.items():
                     x.load_state_dict(self.checkpoint[name])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its folder wrote it.")
         args, running = self.args, self.rank == 0 and not self.finished()
         if running:
@@ -687,8 +687,7 @@ class Run:
             self.give_up("a weight is not finite")
         if self.rank > 0:
             return
-        versions = {"torch": str(torch.__version__), "gymnasium": gym.__version__, "numpy": np.__version__}
-        versions["threads"] = torch.get_num_threads()  # more of them add in another order
+        versions = {x.__name__: str(x.__version__) for x in (torch, gym, np)} | {"threads": torch.get_num_threads()}
         path = self.folder / "checkpoints" / f"{self.global_step:012d}.pt"
         try:
             checkpoint = {name: x.state_dict() for name, x in self.state.items()}
@@ -698,6 +697,7 @@ class Run:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())  # or the new name may reach the disk before the data
+            torch.load(file.name, map_location="cpu", weights_only=True)  # refuses NumPy values, before it is too late
             os.replace(file.name, path)
         except (OSError, RuntimeError) as error:  # torch.save wraps some OSErrors
             tqdm.write(f"{path} could not be written, training continues: {error}", file=sys.stderr)

@@ -187,6 +187,8 @@ def load_script(checkpoint, path, script):
     spec.loader.exec_module(module)
     if missing := {"Args", "make_envs", "Agent"} - vars(module).keys():
         fail(f"{script} must define {', '.join(sorted(missing))}.")
+    if not hasattr(module.Agent, "act"):
+        fail(f"{script} must define Agent.act(obs, greedy).")
     return module
 
 
@@ -204,7 +206,7 @@ def rebuild(path, args, num_envs):
     except (TypeError, RuntimeError, AttributeError) as error:
         ran = find_source(path)
         hint = f"if it was edited since, try --script {ran}" if ran else "give the one that ran with --script"
-        fail(f"{path} does not fit {module.__file__} ({' '.join(str(error).split())[:160]}); {hint}.")
+        fail(f"{path} does not fit {module.__file__} ({' '.join(str(error).split())[:300]}); {hint}.")
     if broken := [name for name, weights in agent.state_dict().items() if not weights.isfinite().all()]:
         fail(f"{path} holds weights that are not finite, in {broken[0]}: it cannot play.")
     return checkpoint, envs, agent.eval()

@@ -360,6 +360,17 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     assert names == [path.name for path in ppo_cartpole.list_checkpoints(run_dir)] != []
 
 
+@pytest.mark.parametrize("value", [np.float32(3), np.zeros(3)])
+def test_what_could_not_be_read_back_is_not_saved(value, script, tmp_path, monkeypatch):
+    """A copy may save more than the script; what NumPy made would shut the weights away with it."""
+    module, start = SCRIPTS[script], SCRIPTS[script].Run.start
+    mine = types.SimpleNamespace(state_dict=lambda: {"best": value})
+    monkeypatch.setattr(module.Run, "start", lambda run, **state: start(run, **state, mine=mine))
+    with pytest.raises(pickle.UnpicklingError, match="numpy"):
+        train(module, tmp_path, **SHORT[script])
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 def test_a_run_goes_on_in_its_folder_though_its_checkpoints_lie_elsewhere(tmp_path):
     run_dir = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
     shutil.move(run_dir / "checkpoints", tmp_path / "elsewhere")
@@ -373,7 +384,7 @@ def test_a_run_goes_on_in_its_folder_though_its_checkpoints_lie_elsewhere(tmp_pa
 
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tmp_path):
     """A limit on the size of a file stands in for the full disk: the system refuses the write half way."""
-    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); import ppo_cartpole as p; "
+    code = "import resource, ppo_cartpole as p; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
     code += "p.train(p.Args(run_dir='run', total_timesteps=1024, save_freq=256))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": ROOT}, text=True, **PIPES)
     assert done.returncode == 1

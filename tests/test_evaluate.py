@@ -325,7 +325,12 @@ def test_a_script_name_that_is_no_bare_module_name_is_refused(name, run_dir, tmp
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("nn.Linear(64, 64)", "nn.Linear(64, 32)"), ("norm_obs: bool", "normalize: bool"), ("def make_envs", "def made")],
+    [
+        ("nn.Linear(64, 64)", "nn.Linear(64, 32)"),
+        ("norm_obs: bool", "normalize: bool"),
+        ("def make_envs", "def made"),
+        ("def act", "def choose"),
+    ],
 )
 def test_an_edited_script_gets_a_hint_and_not_a_traceback(old, new, run_dir, tmp_path, capsys):
     source = (ROOT / "ppo_cartpole.py").read_text().replace(old, new)
@@ -339,7 +344,8 @@ def test_an_edited_script_gets_a_hint_and_not_a_traceback(old, new, run_dir, tmp
     assert stop.value.code == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert "--script" in message or "must define make_envs" in message
+    assert "--script" in message or re.search(r"must define (make_envs|Agent.act\(obs, greedy\))", message)
+    assert "64, 32" not in new or ("torch.Size([64, 64])" in message and "torch.Size([32, 64])" in message)
 
 
 def read_film(path):
