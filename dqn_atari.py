@@ -474,9 +474,9 @@ def check_args(args):
     if args.learning_starts + args.exploration_fraction * args.total_timesteps >= args.total_timesteps:
         what = f"--learning-starts {args.learning_starts} and --exploration-fraction {args.exploration_fraction}"
         fail(f"with {what}, epsilon never reaches --end-e in --total-timesteps {args.total_timesteps}.", code=2)
-    length = args.save_freq // args.num_envs  # steps of each game between two checkpoints, which start new games
-    if length < 5000 and args.save_freq < args.total_timesteps:
-        print(f"--save-freq {args.save_freq} cuts all games off after {length} steps: raise it.", file=sys.stderr)
+    least = 5000 * args.num_envs  # every checkpoint starts new games: 5,000 steps are more than most games take
+    if args.save_freq < min(least, args.total_timesteps):
+        print(f"--save-freq {args.save_freq} cuts games off before their end: raise it to {least}.", file=sys.stderr)
     if args.bf16 and not (args.cuda and torch.cuda.is_available()):
         check_bf16()
     make_envs(args, 1, seed=0, training=True).close()  # a bad --env-id is refused here, before a folder is made

@@ -385,9 +385,9 @@ def check_args(args):
         least = "2 or more steps, for --norm-adv" if args.norm_adv else "1 or more steps"
         fail(f"--num-minibatches {parts} must cut {batch_size} steps into equal parts of {least}.", code=2)
     envs = make_envs(args, 1, seed=0, training=True)  # a bad --env-id is refused here, before a folder is made
-    length, limit = max(args.save_freq // args.num_envs, args.num_steps), envs.envs[0].spec.max_episode_steps or 0
-    if length < limit and args.save_freq < args.total_timesteps:
-        print(f"--save-freq {args.save_freq} cuts all episodes off after {length} steps: raise it.", file=sys.stderr)
+    least = args.num_envs * (envs.envs[0].spec.max_episode_steps or 0)  # every checkpoint starts new episodes
+    if max(args.save_freq, args.num_envs * args.num_steps) < min(least, args.total_timesteps):
+        print(f"--save-freq {args.save_freq} cuts episodes off before their end: raise it to {least}.", file=sys.stderr)
     envs.close()
 
 
