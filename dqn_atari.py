@@ -13,7 +13,7 @@
 # ///
 """DQN on Atari: deep Q-learning with a replay buffer and a target network (Mnih et al. 2015, "Nature DQN").
 
-    python dqn_atari.py --env-id BreakoutNoFrameskip-v4 --cuda
+    python dqn_atari.py --env-id PongNoFrameskip-v4
     python evaluate.py runs/<run>
 
 Measured: Pong 18.2 ± 1.0 (mean ± std of 3 seeds, 100 games each; 2 million steps, flags in benchmarks/README.md). The
@@ -21,13 +21,13 @@ defaults have not been run to their end. A step is one action, held for 4 frames
 folder: 7.1 GB for a million steps, and 3.5 GB for the steps between two checkpoints. A finished run removes it.
 
 Hyperparameters are those of CleanRL's published scores. The paper instead has 50 million steps, RMSProp, a clipped
-error, learning from step 50,000, a target network copied every 10,000 gradient steps, and exploration that falls to
-0.1. Unlike CleanRL:
+error, learning from step 50,000, exploration that falls to 0.1, and a target network copied every 10,000 gradient
+steps. Unlike CleanRL:
 (1) ale-py's vector environment presses FIRE at the start of a game but not after a lost life, starts frame stacks with
     zeros and does not clear them when a life is lost, and takes the maximum of two frames after conversion to gray.
 (2) A game truncated at 108,000 frames is not lost: the value of its last observation is bootstrapped.
-(3) All games start anew after each checkpoint, so that a killed run can be repeated exactly.
-(4) Orthogonal initialization, with a small last layer: with PyTorch's own, one run took far longer to notice rewards.
+(3) All games start anew after each checkpoint, so that a killed run can be resumed exactly.
+(4) Orthogonal initialization, with a small last layer: with PyTorch's default, one run began to learn far later.
 (5) Several games are played side by side. Gradient steps and target updates come as often per step as with one game.
 (6) The actions of the first --learning-starts steps are random; only then does epsilon fall.
 """
@@ -70,10 +70,10 @@ class Args:
     buffer_size: int = 1_000_000  # steps to learn from, 7 kB each on disk; a larger buffer holds more diverse ones
     gamma: float = 0.99  # discount per step; nearer to 1 looks further ahead
     tau: float = 1.0  # how far an update moves the target network toward the online network; 1 copies it
-    target_network_frequency: int = 1000  # steps between updates of the target network; more: steadier and slower
-    batch_size: int = 32  # transitions per gradient step (M)
+    target_network_frequency: int = 1000  # steps between updates of the target network; more: steadier, slower learning
+    batch_size: int = 32  # transitions per gradient step
     start_e: float = 1.0  # chance of a random action (epsilon) after --learning-starts steps; before, all are random
-    end_e: float = 0.01  # chance of a random action once it has fallen, and in evaluate.py without --greedy
+    end_e: float = 0.01  # the final epsilon, which is also that of evaluate.py without --greedy
     exploration_fraction: float = 0.1  # part of the run over which epsilon falls linearly, once learning has started
     learning_starts: int = 80_000  # steps in the buffer before the first gradient step
     train_frequency: int = 4  # steps per gradient step; lower: more learning per step, and a slower run
@@ -152,7 +152,7 @@ class ReplayBuffer:
     so its final frame is kept aside. (terminated includes a lost life here: nothing is expected after it.)
 
     The rows are a memory-mapped file: the system keeps in memory what it has room for, and they outlive the program.
-    A checkpoint only says which rows it counts on. They stay untouched for `spare` steps, fixed when the file is made.
+    A checkpoint only says where its rows lie. The file is `spare` steps longer, so they last until the next checkpoint.
     """
 
     def __init__(self, folder, envs, capacity, spare):
@@ -160,9 +160,9 @@ class ReplayBuffer:
         self.path, self.num_envs = Path(folder) / "replay.bin", envs.num_envs
         self.stack, *frame = envs.single_observation_space.shape  # 4, 84, 84
         fields = [("frame", np.uint8, frame), ("action", np.uint8), ("reward", np.float32), ("terminated", bool)]
-        self.fields = np.dtype([*fields, ("num_earlier", np.uint8)])  # frames before it that are of its game, up to 3
+        self.row_dtype = np.dtype([*fields, ("num_earlier", np.uint8)])  # of the 3 frames before it, those of its game
         self.max_filled = capacity // self.num_envs  # rows
-        self.num_rows = self.max_filled + self.stack + spare // self.num_envs + 1  # incl. 3 before the oldest, 1 begun
+        self.num_rows = self.max_filled + self.stack + spare // self.num_envs + 1  # with 3 before the oldest, 1 begun
         self.count = self.filled = 0  # rows completed so far, and how many of them can be sampled
         self.final_frames = {}  # (row, n) -> final frame of game n, which was truncated at that row's step
         self.file = None
@@ -170,14 +170,14 @@ class ReplayBuffer:
     def begin_games(self, obs):
         """New games begin: obs (N, 4, 84, 84) is what is seen first. Makes the file, unless there is one."""
         if self.file is None:
-            make_file(self.path, self.num_rows * self.num_envs * self.fields.itemsize + 16)
+            make_file(self.path, self.num_rows * self.num_envs * self.row_dtype.itemsize + 16)
             self.map_file()
             self.footer[1] = int.from_bytes(os.urandom(7))  # not from --seed: each file has its own
         self.begin_row(obs, 0)
 
     def map_file(self):
         """Rows (num_rows, N) and, behind them, the highest count ever and a number that tells this file from others."""
-        self.file = np.memmap(self.path, self.fields, "r+", shape=(self.num_rows, self.num_envs))
+        self.file = np.memmap(self.path, self.row_dtype, "r+", shape=(self.num_rows, self.num_envs))
         self.footer = np.memmap(self.path, np.int64, "r+", offset=self.file.nbytes, shape=2)
         self.rows = self.file.view(np.ndarray)  # the same memory; indexing a memmap takes longer
 
@@ -209,7 +209,7 @@ class ReplayBuffer:
             self.final_frames.setdefault((t, n), frame)  # a game truncated at this very step has its own already
 
     def sample(self, batch_size):
-        """Transitions drawn uniformly: frames, actions, rewards, terminated, as tensors.
+        """M = batch_size transitions drawn uniformly: frames, actions, rewards, terminated, as tensors.
 
         frames: (M, 5, 84, 84) uint8, of which the first 4 are what was seen and the last 4 what was seen next; the very
         last one means nothing where terminated. actions: (M,) int64; rewards: (M,) float32; terminated: (M,) bool.
@@ -237,7 +237,7 @@ class ReplayBuffer:
 
     def load_state_dict(self, state):
         """Continue with a checkpoint's rows. If their file is gone, the buffer starts empty, to be filled again."""
-        offset = state["num_rows"] * state["num_envs"] * self.fields.itemsize + 8  # of the identity, the last 8 bytes
+        offset = state["num_rows"] * state["num_envs"] * self.row_dtype.itemsize + 8  # of the last 8 bytes: identity
         kept = self.path.is_file() and self.path.stat().st_size == offset + 8
         if not kept or np.fromfile(self.path, np.int64, offset=offset).tolist() != [state["identity"]]:
             tqdm.write(f"{self.path} is gone, or another run's: the replay buffer starts empty.", file=sys.stderr)
@@ -247,7 +247,7 @@ class ReplayBuffer:
         self.num_rows, self.count = state["num_rows"], state["count"]
         self.map_file()
         self.final_frames = {key: frame.numpy() for key, frame in state["final_frames"].items()}
-        # After its checkpoint, the run may have overwritten the oldest rows.
+        # A run that went on for more than `spare` steps, as after a failed save, has overwritten the oldest rows
         self.filled = max(0, min(state["filled"], self.num_rows - self.stack - int(self.footer[0] - self.count)))
 
 
@@ -293,7 +293,7 @@ def update_target(target_agent, agent, tau):
 
 def train(args):
     """Train to --total-timesteps, or until Ctrl-C. Returns the exit code."""
-    torch.set_flush_denormal(True)  # in threads begun from here: dead weights leave Adam denormals, slow on a CPU
+    torch.set_flush_denormal(True)  # in new threads too: Adam's averages of dead weights become denormals, slow on CPUs
     run = Run(args)
     envs = make_envs(args, run.num_envs, seed=0, training=True)  # each segment seeds them anew
     agent, target_agent = Agent(envs, args).to(run.device), Agent(envs, args).to(run.device)
@@ -343,7 +343,7 @@ def train(args):
     envs.close()
     code = run.end()
     if code == 0 and run.global_step > run.first_step:
-        buffer.path.unlink(missing_ok=True)  # just finished; not a longer run resumed with fewer steps
+        buffer.path.unlink(missing_ok=True)  # unless a longer run was merely asked to end earlier
     return code
 
 
@@ -353,7 +353,7 @@ gym.register_envs(ale_py)
 
 
 def spread_seed(*key):
-    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: environment i gets seed + i."""
+    """Integers hashed to a seed below 2**30. Environment i gets seed + i, and runs 1, 2, 3 must not share them."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
@@ -436,8 +436,8 @@ def find_game(env_id):
 
 def make_envs(args, num_envs, seed, training, render=False):
     """`num_envs` seeded games of --env-id. training=False: rewards are the game's own points."""
-    game = find_game(args.env_id).kwargs
-    envs = AtariGames(game["game"], num_envs, game["repeat_action_probability"], training, render)
+    kwargs = find_game(args.env_id).kwargs
+    envs = AtariGames(kwargs["game"], num_envs, kwargs["repeat_action_probability"], training, render)
     envs.reset(seed=seed)  # for a caller who resets without a seed
     return envs
 
@@ -452,7 +452,7 @@ def fail(message, code=1):
 
 
 def check_numbers(args, names, low, high=math.inf):
-    """Refuse flags (their names in one string) outside of [low, high], infinity and NaN. None is allowed."""
+    """Refuse flags (names in one string) that are not between low and high, infinite or NaN. None is allowed."""
     for name in names.split():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is not None and not (low <= value <= high and math.isfinite(value)):
@@ -507,11 +507,11 @@ def make_file(path, size):
 
 
 def check_bf16():
-    """Say so where bfloat16 is slower than float32: measured, as not every processor that has it is fast."""
+    """Warn if bfloat16 is slower than float32 here. It is measured, as some processors have it and are slow."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
         setup = f"conv, x = torch.nn.Conv2d(32, 64, 4, 2).to({dtype}), torch.rand(8, 32, 20, 20).to({dtype})"
-        seconds.append(Timer("conv(x).sum().backward()", setup).timeit(5).mean)  # on one thread: starts no others
+        seconds.append(Timer("conv(x).sum().backward()", setup).timeit(5).mean)  # with one thread; starts no others
     if seconds[1] > seconds[0]:
         print("--bf16 may be slower than float32 on this processor: leave it off.", file=sys.stderr)
 
@@ -522,7 +522,7 @@ FORMAT = 2  # of a checkpoint; format 1, which knew no segments, can be scored b
 
 
 class Run:
-    """What keeps a run alive: its processes, folder, checkpoints, curves, signals. The same in every script."""
+    """What keeps a run alive: folder, checkpoints, curves, signals, several processes. The same in every script."""
 
     def __init__(self, args):
         """Lock the run folder, find the checkpoint to continue from, join the other processes, seed the weights."""
@@ -570,7 +570,7 @@ class Run:
             return None if args.resume is None else load_checkpoint(find_checkpoint(args.resume))
         newest = load_checkpoint(paths[-1])
         resumed = args.resume and Path(args.resume).resolve() in (self.folder.resolve(), paths[-1].resolve())
-        if resumed:  # remember what the run itself was started with, so that its first command still fits
+        if resumed:  # keep what the run was started with, so that its first command still continues it
             self.args = dataclasses.replace(args, resume=newest["args"]["resume"])
         flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}  # a path may be written in many ways
         changed = [f"--{x.replace('_', '-')}" for x in flags if flags[x] != newest["args"].get(x)]
@@ -617,14 +617,14 @@ class Run:
         return self.stopped or self.global_step >= self.args.total_timesteps
 
     def begin_segment(self):
-        """Seed PyTorch from --seed and the step. Returns the seed for the environments: the rest of the randomness.
+        """Set where it ends, and seed PyTorch from --seed and the step. Returns the seed for the environments.
 
-        So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit.
+        Nothing else is random, so a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit.
         """
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
-        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # evaluate.py takes 2
+        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # 1: evaluate.py has 2
         torch.manual_seed(seed)
         return seed
 
@@ -704,11 +704,11 @@ class Run:
         self.saved = path.exists()
 
     def give_up(self, reason):
-        """End the program without saving. Several processes all get here."""
+        """End the program without saving. All processes get here, as they check the same values."""
         self.bar.close()
         paths = list_checkpoints(self.folder)
         advice = f"continue from {paths[-1]} with --resume and" if paths else "start again with"
-        fail(f"{reason} after {self.global_step:,} steps: {advice} a smaller --learning-rate, or mend the environment.")
+        fail(f"{reason} after {self.global_step:,} steps: {advice} a smaller --learning-rate, or fix the environment.")
 
     def end(self):
         """Say what to do next. Returns the exit code: 0 if finished, 128 + the signal if stopped."""

@@ -11,7 +11,7 @@
 #     "tyro==1.0.17",
 # ]
 # ///
-"""Score a checkpoint by playing whole episodes, scored with unclipped rewards.
+"""Score a checkpoint: play whole episodes, and add up their unclipped rewards.
 
     python evaluate.py runs/<run>                           # the newest checkpoint of a run
     python evaluate.py runs/<run> --episodes 100 --greedy   # always the best action
@@ -49,7 +49,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 FORMAT = 2  # of a checkpoint; older ones can be read, too
-PATIENCE = 30  # seconds: without a sign of life for so long, a run has ended, and --follow ends, too
+PATIENCE = 30  # seconds without a sign of life after which a run counts as ended, and --follow ends, too
 
 # Mean score of uniformly random play and of a professional tester, by ROM name, as DQN Zoo lists them (Quan and
 # Ostrovski 2020, dqn_zoo/atari_data.py); up to 30 idle frames at the start, games cut off after 108,000 frames.
@@ -131,7 +131,7 @@ class Args:
 
 
 def spread_seed(*key):
-    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: environment i gets seed + i."""
+    """Integers hashed to a seed below 2**30. Environment i gets seed + i, and runs 1, 2, 3 must not share them."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
@@ -294,7 +294,7 @@ def play(envs, agent, episodes, greedy, bar, screen=None):
 
 
 def mean_interval(returns):
-    """95% interval of the mean by Student's t, whose quantile is estimated from samples. None for a single episode."""
+    """95% interval of the mean by Student's t, whose quantile is simulated: no SciPy needed. None for one episode."""
     if len(returns) < 2:
         return None
     deviations = np.abs(np.random.default_rng(0).standard_t(len(returns) - 1, 1_000_000))
@@ -398,7 +398,7 @@ def is_running(run_dir):
     """Whether a run is going on: a process holds its lock, or wrote to its curves a moment ago.
 
     Linux lists all locks. To try the lock would be to hold it for a moment, and a run that starts just then would be
-    refused. Other systems have no list, and it lacks other machines and containers: there, the curves tell.
+    refused. Other systems have no such list, and it omits other machines and containers: there, the curves tell.
     """
     with contextlib.suppress(OSError):
         if f":{(run_dir / '.lock').stat().st_ino} " in Path("/proc/locks").read_text():
@@ -419,7 +419,7 @@ def new_checkpoints(run_dir):
         time.sleep(1)
 
 
-def what_decides(args):
+def scoring_flags(args):
     """The flags that a score depends on."""
     return [args.episodes, args.seed, args.greedy, args.num_envs, args.script]
 
@@ -440,7 +440,7 @@ def open_scores(run_dir, args):
     for line in file:
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # a full disk cut it short
             result = json.loads(line)
-            if result.pop("flags") == what_decides(args):
+            if result.pop("flags") == scoring_flags(args):
                 known[result.pop("sha256")] = result
     writer = SummaryWriter(run_dir / "eval", purge_step=0)  # hides the earlier curve, which may be of other flags
     for step, result in {result["global_step"]: result for result in known.values()}.items():
@@ -448,7 +448,7 @@ def open_scores(run_dir, args):
     return file, writer, known
 
 
-def keep(path, best_path):
+def keep_best(path, best_path):
     """Make best_path a hard link to a checkpoint, which costs no disk; a copy where the file system has none."""
     new = best_path.with_suffix(".tmp")
     new.unlink(missing_ok=True)  # left by a process that was killed
@@ -492,14 +492,14 @@ def follow(run_dir, args):
             if is_new:
                 result = known[checksum] = score(path, args)
                 report(result)
-                print(json.dumps(result | {"sha256": checksum, "flags": what_decides(args)}), file=file, flush=True)
+                print(json.dumps(result | {"sha256": checksum, "flags": scoring_flags(args)}), file=file, flush=True)
                 writer.add_scalar("eval/episodic_return", result["mean_return"], result["global_step"])
                 writer.flush()
             write_json(list(known.values()), args)
             if best is None or result["mean_return"] > best["mean_return"]:
                 best = result
                 if path != best_path:
-                    keep(path, best_path)
+                    keep_best(path, best_path)
             if is_new:
                 which = "this one" if best is result else f"that after {best['global_step']:,} steps"
                 print(f"best so far: {which}", flush=True)
@@ -518,7 +518,9 @@ def follow(run_dir, args):
     print(f"Best of {len(known)}: {best['mean_return']:.2f} after {best['global_step']:,} steps, kept as {best_path}.")
     print(f"The best of many is scored too high. On fresh seeds: {command}", flush=True)
     if code == 0:
-        report(score(best_path, again))
+        fresh = score(best_path, again)
+        report(fresh)
+        write_json([*known.values(), fresh], args)
     return code
 
 

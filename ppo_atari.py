@@ -13,7 +13,7 @@
 # ///
 """PPO on Atari: proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347).
 
-    python ppo_atari.py --env-id BreakoutNoFrameskip-v4 --cuda
+    python ppo_atari.py --env-id PongNoFrameskip-v4
     python evaluate.py runs/<run>
 
 Measured over 100 games, trained on CPUs with --bf16: Breakout 390 after 9 million steps (1 seed); Pong 19.6 ± 1.4 (3
@@ -227,7 +227,7 @@ def ppo_update(agent, optimizer, batch, args):
     history = []  # metrics of each gradient step, kept on the device: reading each would wait for it
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
-            minibatch = [x.index_select(0, mb_inds) for x in batch]  # 10 times as fast as x[mb_inds] for frames
+            minibatch = [x.index_select(0, mb_inds) for x in batch]  # for Atari frames, 10 times as fast as x[mb_inds]
             loss, metrics = ppo_loss(agent, minibatch, args)
             optimizer.zero_grad()
             loss.backward()
@@ -260,7 +260,7 @@ def train(args):
         obs, _ = envs.reset(seed=run.begin_segment())  # (N, 4, 84, 84) uint8
         while not run.segment_over():
             # Anneal: linearly to 0 at --total-timesteps
-            fraction_left = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
+            fraction_left = (1 - run.global_step / args.total_timesteps) if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = args.learning_rate * fraction_left
 
             # Collect
@@ -308,7 +308,7 @@ gym.register_envs(ale_py)
 
 
 def spread_seed(*key):
-    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: environment i gets seed + i."""
+    """Integers hashed to a seed below 2**30. Environment i gets seed + i, and runs 1, 2, 3 must not share them."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
@@ -391,8 +391,8 @@ def find_game(env_id):
 
 def make_envs(args, num_envs, seed, training, render=False):
     """`num_envs` seeded games of --env-id. training=False: rewards are the game's own points."""
-    game = find_game(args.env_id).kwargs
-    envs = AtariGames(game["game"], num_envs, game["repeat_action_probability"], training, render)
+    kwargs = find_game(args.env_id).kwargs
+    envs = AtariGames(kwargs["game"], num_envs, kwargs["repeat_action_probability"], training, render)
     envs.reset(seed=seed)  # for a caller who resets without a seed
     return envs
 
@@ -407,7 +407,7 @@ def fail(message, code=1):
 
 
 def check_numbers(args, names, low, high=math.inf):
-    """Refuse flags (their names in one string) outside of [low, high], infinity and NaN. None is allowed."""
+    """Refuse flags (names in one string) that are not between low and high, infinite or NaN. None is allowed."""
     for name in names.split():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is not None and not (low <= value <= high and math.isfinite(value)):
@@ -437,11 +437,11 @@ def check_args(args):
 
 
 def check_bf16():
-    """Say so where bfloat16 is slower than float32: measured, as not every processor that has it is fast."""
+    """Warn if bfloat16 is slower than float32 here. It is measured, as some processors have it and are slow."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
         setup = f"conv, x = torch.nn.Conv2d(32, 64, 4, 2).to({dtype}), torch.rand(8, 32, 20, 20).to({dtype})"
-        seconds.append(Timer("conv(x).sum().backward()", setup).timeit(5).mean)  # on one thread: starts no others
+        seconds.append(Timer("conv(x).sum().backward()", setup).timeit(5).mean)  # with one thread; starts no others
     if seconds[1] > seconds[0]:
         print("--bf16 may be slower than float32 on this processor: leave it off.", file=sys.stderr)
 
@@ -452,7 +452,7 @@ FORMAT = 2  # of a checkpoint; format 1, which knew no segments, can be scored b
 
 
 class Run:
-    """What keeps a run alive: its processes, folder, checkpoints, curves, signals. The same in every script."""
+    """What keeps a run alive: folder, checkpoints, curves, signals, several processes. The same in every script."""
 
     def __init__(self, args):
         """Lock the run folder, find the checkpoint to continue from, join the other processes, seed the weights."""
@@ -500,7 +500,7 @@ class Run:
             return None if args.resume is None else load_checkpoint(find_checkpoint(args.resume))
         newest = load_checkpoint(paths[-1])
         resumed = args.resume and Path(args.resume).resolve() in (self.folder.resolve(), paths[-1].resolve())
-        if resumed:  # remember what the run itself was started with, so that its first command still fits
+        if resumed:  # keep what the run was started with, so that its first command still continues it
             self.args = dataclasses.replace(args, resume=newest["args"]["resume"])
         flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}  # a path may be written in many ways
         changed = [f"--{x.replace('_', '-')}" for x in flags if flags[x] != newest["args"].get(x)]
@@ -547,14 +547,14 @@ class Run:
         return self.stopped or self.global_step >= self.args.total_timesteps
 
     def begin_segment(self):
-        """Seed PyTorch from --seed and the step. Returns the seed for the environments: the rest of the randomness.
+        """Set where it ends, and seed PyTorch from --seed and the step. Returns the seed for the environments.
 
-        So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit.
+        Nothing else is random, so a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit.
         """
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
-        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # evaluate.py takes 2
+        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # 1: evaluate.py has 2
         torch.manual_seed(seed)
         return seed
 
@@ -634,11 +634,11 @@ class Run:
         self.saved = path.exists()
 
     def give_up(self, reason):
-        """End the program without saving. Several processes all get here."""
+        """End the program without saving. All processes get here, as they check the same values."""
         self.bar.close()
         paths = list_checkpoints(self.folder)
         advice = f"continue from {paths[-1]} with --resume and" if paths else "start again with"
-        fail(f"{reason} after {self.global_step:,} steps: {advice} a smaller --learning-rate, or mend the environment.")
+        fail(f"{reason} after {self.global_step:,} steps: {advice} a smaller --learning-rate, or fix the environment.")
 
     def end(self):
         """Say what to do next. Returns the exit code: 0 if finished, 128 + the signal if stopped."""

@@ -22,9 +22,9 @@ For any Gymnasium environment with vector observations and discrete actions. --e
 own, registered by my_module.py beside this file.
 
 Like openai/baselines, this file adds to the paper: orthogonal initialization, Adam's epsilon of 1e-5, advantages
-normalized per minibatch, gradients clipped to a global norm. Unlike baselines, it does not treat an episode truncated
-(at CartPole's 500 steps) as terminated: the value of its last observation is bootstrapped. Hyperparameters are based on
-rl-baselines3-zoo's; twice the learning rate learns faster, and --target-kl guards against steps too large.
+normalized per minibatch, gradients clipped to a global norm. Unlike baselines, it does not treat a truncated episode
+(CartPole's end after 500 steps) as terminated, but bootstraps from its last observation. Hyperparameters are based on
+rl-baselines3-zoo's, with twice the learning rate, which learns faster; --target-kl stops updates that go too far.
 """
 
 import contextlib
@@ -248,7 +248,7 @@ def ppo_update(agent, optimizer, batch, args):
     history = []  # metrics of each gradient step, kept on the device: reading each would wait for it
     for _ in range(args.update_epochs):
         for mb_inds in torch.randperm(batch_size, device=device).split(batch_size // args.num_minibatches):
-            minibatch = [x.index_select(0, mb_inds) for x in batch]  # 10 times as fast as x[mb_inds] for frames
+            minibatch = [x.index_select(0, mb_inds) for x in batch]  # for Atari frames, 10 times as fast as x[mb_inds]
             loss, metrics = ppo_loss(agent, minibatch, args)
             optimizer.zero_grad()
             loss.backward()
@@ -282,7 +282,7 @@ def train(args):
         obs, _ = envs.reset(seed=run.begin_segment())  # (N, size)
         while not run.segment_over():
             # Anneal: linearly to 0 at --total-timesteps
-            fraction_left = 1 - run.global_step / args.total_timesteps if args.anneal_lr else 1
+            fraction_left = (1 - run.global_step / args.total_timesteps) if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = args.learning_rate * fraction_left
 
             # Collect
@@ -328,16 +328,18 @@ def train(args):
 
 
 def spread_seed(*key):
-    """Integers hashed to a seed below 2**30, so that runs 1, 2, 3 share no environment: environment i gets seed + i."""
+    """Integers hashed to a seed below 2**30. Environment i gets seed + i, and runs 1, 2, 3 must not share them."""
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 2)  # a plain int: environments refuse NumPy's
 
 
 def make_envs(args, num_envs, seed, training, render=False):
-    """`num_envs` seeded copies of --env-id, for training and scoring alike. An episode that ends restarts on the same
-    step: obs is then the first of the new one, and infos["final_obs"] has the last of the old one.
+    """`num_envs` seeded copies of --env-id. `training` makes no difference here.
+
+    An episode that ends restarts on the same step: obs is then the first of the new one, and infos["final_obs"] has the
+    last of the old one.
     """
     render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment accepts it
-    # Copied: some environments return one array over and over, and "final_obs" would change under way
+    # Copied: some environments return the same array at every step, and would overwrite "final_obs"
     makers = [lambda: gym.wrappers.TransformObservation(gym.make(args.env_id, **render_mode), np.copy, None)] * num_envs
     try:
         envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -363,7 +365,7 @@ def fail(message, code=1):
 
 
 def check_numbers(args, names, low, high=math.inf):
-    """Refuse flags (their names in one string) outside of [low, high], infinity and NaN. None is allowed."""
+    """Refuse flags (names in one string) that are not between low and high, infinite or NaN. None is allowed."""
     for name in names.split():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is not None and not (low <= value <= high and math.isfinite(value)):
@@ -385,9 +387,11 @@ def check_args(args):
         least = "2 or more steps, for --norm-adv" if args.norm_adv else "1 or more steps"
         fail(f"--num-minibatches {parts} must cut {batch_size} steps into equal parts of {least}.", code=2)
     envs = make_envs(args, 1, seed=0, training=True)  # a bad --env-id is refused here, before a folder is made
-    least = args.num_envs * (envs.envs[0].spec.max_episode_steps or 0)  # every checkpoint starts new episodes
-    if max(args.save_freq, args.num_envs * args.num_steps) < min(least, args.total_timesteps):
-        print(f"--save-freq {args.save_freq} cuts episodes off before their end: raise it to {least}.", file=sys.stderr)
+    longest, rollout = args.num_envs * (envs.envs[0].spec.max_episode_steps or 0), args.num_envs * args.num_steps
+    shortest = max(args.save_freq // rollout, 1) * rollout  # between two checkpoints, which start new episodes
+    if args.save_freq < args.total_timesteps and shortest < longest:
+        advice = f"raise it to {longest + rollout}"
+        print(f"--save-freq {args.save_freq} cuts episodes off before their end: {advice}.", file=sys.stderr)
     envs.close()
 
 
@@ -397,7 +401,7 @@ FORMAT = 2  # of a checkpoint; format 1, which knew no segments, can be scored b
 
 
 class Run:
-    """What keeps a run alive: its processes, folder, checkpoints, curves, signals. The same in every script."""
+    """What keeps a run alive: folder, checkpoints, curves, signals, several processes. The same in every script."""
 
     def __init__(self, args):
         """Lock the run folder, find the checkpoint to continue from, join the other processes, seed the weights."""
@@ -445,7 +449,7 @@ class Run:
             return None if args.resume is None else load_checkpoint(find_checkpoint(args.resume))
         newest = load_checkpoint(paths[-1])
         resumed = args.resume and Path(args.resume).resolve() in (self.folder.resolve(), paths[-1].resolve())
-        if resumed:  # remember what the run itself was started with, so that its first command still fits
+        if resumed:  # keep what the run was started with, so that its first command still continues it
             self.args = dataclasses.replace(args, resume=newest["args"]["resume"])
         flags = dataclasses.asdict(args) | {"run_dir": newest["args"]["run_dir"]}  # a path may be written in many ways
         changed = [f"--{x.replace('_', '-')}" for x in flags if flags[x] != newest["args"].get(x)]
@@ -492,14 +496,14 @@ class Run:
         return self.stopped or self.global_step >= self.args.total_timesteps
 
     def begin_segment(self):
-        """Seed PyTorch from --seed and the step. Returns the seed for the environments: the rest of the randomness.
+        """Set where it ends, and seed PyTorch from --seed and the step. Returns the seed for the environments.
 
-        So a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit.
+        Nothing else is random, so a killed run repeats what it did after its last checkpoint: on a CPU, bit for bit.
         """
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
-        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # evaluate.py takes 2
+        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # 1: evaluate.py has 2
         torch.manual_seed(seed)
         return seed
 
@@ -579,11 +583,11 @@ class Run:
         self.saved = path.exists()
 
     def give_up(self, reason):
-        """End the program without saving. Several processes all get here."""
+        """End the program without saving. All processes get here, as they check the same values."""
         self.bar.close()
         paths = list_checkpoints(self.folder)
         advice = f"continue from {paths[-1]} with --resume and" if paths else "start again with"
-        fail(f"{reason} after {self.global_step:,} steps: {advice} a smaller --learning-rate, or mend the environment.")
+        fail(f"{reason} after {self.global_step:,} steps: {advice} a smaller --learning-rate, or fix the environment.")
 
     def end(self):
         """Say what to do next. Returns the exit code: 0 if finished, 128 + the signal if stopped."""

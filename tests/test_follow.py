@@ -130,8 +130,10 @@ def test_follow_scores_as_all_does(run_dir, tmp_path, capsys):
     for file, flags in {"follow.json": {"follow": True}, "all.json": {"all": True}}.items():
         evaluate.main(evaluate.Args(str(run_dir), episodes=3, json=str(tmp_path / file), **flags))
     followed, scored = (json.loads((tmp_path / file).read_text()) for file in ("follow.json", "all.json"))
+    *followed, fresh = followed
     assert followed == scored
     assert [one["global_step"] for one in scored] == STEPS
+    assert (fresh["checkpoint"], fresh["seed"]) == (str(run_dir / "best.pt"), 2)
 
 
 def test_a_checkpoint_that_lies_elsewhere_is_kept_itself_not_its_symbolic_link(run_dir, play):
@@ -166,7 +168,7 @@ def test_where_the_file_system_has_no_hard_links_best_is_a_copy(run_dir, play, m
     os.link(checkpoint(run_dir, 256), run_dir / "best.tmp")
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # another process has made it again
     with pytest.raises(FileExistsError):
-        evaluate.keep(checkpoint(run_dir, 512), run_dir / "best.pt")
+        evaluate.keep_best(checkpoint(run_dir, 512), run_dir / "best.pt")
     assert checkpoint(run_dir, 256).read_bytes() == before[256]
 
 
@@ -186,7 +188,7 @@ def test_stopped_by_ctrl_c_it_ends_with_what_it_has_and_goes_on_there(run_dir, p
     assert curve(run_dir) == {256: 10.5, 512: 5.5, 768: 7.5}
     play(12)  # with nothing new, only the best is scored again
     assert follow(run_dir, json=str(run_dir / "scores.json")) == 0
-    assert [one["mean_return"] for one in json.loads((run_dir / "scores.json").read_text())] == [10.5, 5.5, 7.5]
+    assert [one["mean_return"] for one in json.loads((run_dir / "scores.json").read_text())] == [10.5, 5.5, 7.5, 12.5]
     assert curve(run_dir) == {256: 10.5, 512: 5.5, 768: 7.5}
 
 

@@ -393,11 +393,13 @@ def test_wrong_usage_of_evaluate_gets_one_sentence(arguments, named, capsys):
 @pytest.mark.parametrize(
     ("arguments", "least"),
     [
-        ("ppo_cartpole --num-envs 64", 32000),  # CartPole's limit is 500
+        ("ppo_cartpole --num-envs 64", 34048),  # CartPole's limit is 500; one rollout of 32 more
         ("ppo_cartpole --num-envs 32", None),
-        ("ppo_cartpole --env-id Acrobot-v1 --save-freq 3000", 4000),
+        ("ppo_cartpole --save-freq 4000", 4256),  # some of these are 3,840 steps, as rollouts are played to their end
+        ("ppo_cartpole --save-freq 4096", None),
+        ("ppo_cartpole --env-id Acrobot-v1 --save-freq 3000", 4256),
         ("ppo_cartpole --save-freq 3000 --total-timesteps 3000", None),
-        ("ppo_cartpole --save-freq 800 --num-steps 400", 4000),  # a rollout is played to its end
+        ("ppo_cartpole --save-freq 800 --num-steps 400", 7200),
         ("ppo_cartpole --save-freq 800 --num-steps 500", None),
         ("ppo_atari --save-freq 30000", 40000),
         ("ppo_atari --save-freq 40000", None),
