@@ -63,7 +63,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "BreakoutNoFrameskip-v4"  # a *NoFrameskip-v4 id, or ALE/*-v5, which adds sticky actions
+    env_id: str = "BreakoutNoFrameskip-v4"  # an id that ends in NoFrameskip-v4, or ALE/...-v5 for sticky actions
     total_timesteps: int = 10_000_000  # agent steps (4 frames each) over all games
     learning_rate: float = 1e-4  # Adam's step size; larger learns faster until it diverges
     num_envs: int = 8  # games played side by side; the number of gradient steps stays the same

@@ -101,7 +101,7 @@ class Args:
     json: str | None = None  # also write the result to this file; with --all or --follow, a list of results
     render: bool = False  # show the episodes in a window, one after the other, at the speed of the game
     video: str | None = None  # film the episodes, one after the other, into this .mp4 file
-    script: str | None = None  # the training script, where it is not the one beside this file
+    script: str | None = None  # the training script, if it is not beside evaluate.py
 
     def __post_init__(self):
         """Refuse what cannot work, naming the flag, what it got and what it takes."""

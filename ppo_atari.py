@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "BreakoutNoFrameskip-v4"  # a *NoFrameskip-v4 id, or ALE/*-v5, which adds sticky actions
+    env_id: str = "BreakoutNoFrameskip-v4"  # an id that ends in NoFrameskip-v4, or ALE/...-v5 for sticky actions
     total_timesteps: int = 10_000_000  # agent steps (4 frames each) over all games, rounded up to whole rollouts
     learning_rate: float = 2.5e-4  # Adam's step size; larger learns faster until it diverges
     anneal_lr: bool = True  # lower the learning rate linearly to 0 at the end
@@ -72,7 +72,7 @@ class Args:
     update_epochs: int = 4  # passes over a rollout; more passes use each sample better but overfit sooner
     norm_adv: bool = True  # normalize advantages to mean 0 and std 1 in each minibatch
     clip_coef: float = 0.1  # no incentive to move a probability ratio farther than this from 1
-    clip_vloss: bool = True  # clip the value loss likewise: no gain from moving a value farther than clip_coef
+    clip_vloss: bool = True  # clip the value loss likewise: no gain from moving a value farther than --clip-coef
     ent_coef: float = 0.01  # weight of the entropy bonus; larger explores longer
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients with a larger global L2 norm are scaled down to this

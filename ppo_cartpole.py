@@ -66,7 +66,7 @@ class Args:
     update_epochs: int = 20  # passes over a rollout; more passes use each sample better but overfit sooner
     norm_adv: bool = True  # normalize advantages to mean 0 and std 1 in each minibatch
     clip_coef: float = 0.2  # no incentive to move a probability ratio farther than this from 1
-    clip_vloss: bool = False  # clip the value loss likewise: no gain from moving a value farther than clip_coef
+    clip_vloss: bool = False  # clip the value loss likewise: no gain from moving a value farther than --clip-coef
     ent_coef: float = 0.0  # weight of the entropy bonus; larger explores longer
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients with a larger global L2 norm are scaled down to this

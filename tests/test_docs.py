@@ -120,7 +120,8 @@ def test_the_table_of_flags_is_that_of_the_scripts():
     table = []
     for name, meaning in meanings.items():
         cells = " | ".join(defaults[name].get(script, "") for script in SCRIPTS)
-        text = "; Atari: ".join(dict.fromkeys(meaning)) if name == "env_id" else meaning[0]
+        others = {"env_id": "Atari", "total_timesteps": "DQN", "num_envs": "DQN"}  # that mean something else by it
+        text = f"{meaning[0]}; {others[name]}: {meaning[-1]}" if name in others else meaning[0]
         table.append(f"| `--{name.replace('_', '-')}` | {cells} | {text} |")
     evaluation = [
         f"| `--{name.replace('_', '-')}` | {default} | {meaning} |"
