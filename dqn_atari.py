@@ -27,7 +27,7 @@ steps. Unlike CleanRL:
     zeros and does not clear them when a life is lost, and takes the maximum of two frames after conversion to gray.
 (2) A game truncated at 108,000 frames is not lost: the value of its last observation is bootstrapped.
 (3) All games start anew after each checkpoint, so that a killed run can be resumed exactly.
-(4) Orthogonal initialization, with a small last layer: with PyTorch's default, one run began to learn far later.
+(4) Orthogonal initialization, small in the last layer: with PyTorch's, a loss stood still for 27,000 gradient steps.
 (5) Several games are played side by side. Gradient steps and target updates come as often per step as with one game.
 (6) The actions of the first --learning-starts steps are random; only then does epsilon fall.
 """
