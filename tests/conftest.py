@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, one on each core;
 import pytest
 import torch
 from tensorboard.summary.writer import event_file_writer
+from tqdm import tqdm
 
 import dqn_atari
 import ppo_atari
@@ -96,6 +97,14 @@ def script(request):
 def count_event_files_from_zero(monkeypatch):
     """TensorBoard reads files of one second by the order of a number in their names, of which 10 is before 9."""
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+
+@pytest.fixture(autouse=True)
+def close_progress_bars():
+    """Those of runs that failed on purpose: closed by the garbage collector, they can upset tqdm in a later test."""
+    yield
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 @pytest.fixture(autouse=True)
