@@ -88,7 +88,7 @@ def one_run(name, seed):
         run_dir, error = train("ppo_cartpole.py", "", CHANGES[name], seed, Path(folder) / "copy")
         if error:  # NaN ended it, which is a result
             return {"change": name, "seed": seed, "error": error}
-        score = score_of(run_dir, "ppo_cartpole.py", episodes=100, greedy=True)
+        score = score_of(run_dir, ROOT / "ppo_cartpole.py", episodes=100, greedy=True)
         step, _ = first_reached(run_dir, threshold=475)
     return {"change": name, "seed": seed, "mean_return": score["mean_return"], "steps_to_475": step}
 

@@ -84,6 +84,8 @@ def main(args):
             games.append(list(csv.DictReader(file)))
         if not games[-1] or not {"env_id", "human_normalized"} <= games[-1][0].keys():
             sys.exit(f"games.py: {path} has no runs, or was not written by this version of seeds.py.")
+        if not all(row["mean_return"] for row in games[-1]):
+            sys.exit(f"games.py: {path} has a seed that failed, without a score.")
     print(table(games))
     scores = [normalized(rows) for rows in games]
     if len({len(game) for game in scores}) > 1 or len(scores[0]) < 2:

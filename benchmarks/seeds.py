@@ -4,17 +4,23 @@
     python benchmarks/seeds.py --script ppo_cartpole.py --seeds 1 2 3 --flags="--env-id Acrobot-v1 --norm-obs"
     python benchmarks/seeds.py --script ppo_atari.py --seeds 1 --threshold 30 100 400 --keep runs/breakout
 
-Runs one after the other, each as a user would type it; `seconds` is all of training, imports included. --keep leaves
-the run folders: after a crash, the same command goes on where it was, if the script has not changed. Of runs that were
-there before, `seconds` is empty, and commit and machine are those of the last command.
+Runs one after the other, each as a user would type it; `seconds` is all of training, imports included. Each row is
+written as soon as its run has ended. More --seeds add to the rows of the same command and script; rows of another one
+are put aside in {csv}.old. A run that fails gets a row without a score.
+
+--keep leaves the run folders: after a crash or Ctrl-C, the same command goes on where it was, if the script has not
+changed. (An environment of your own must not change either, which is not checked.) Of runs that were there before,
+`seconds` is empty, and commit and machine are those of the last command.
 """
 
 import csv
+import hashlib
 import json
 import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,14 +38,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Args:
-    script: str  # training script
+    script: Path  # training script, in this folder or in that of the project
     seeds: list[int] = field(default_factory=lambda: list(range(1, 11)))  # seeds, in this order
     flags: str = ""  # further flags of the training script, as one string
     then: str | None = None  # flags of a second command, which goes on with --resume where the first one ended
     threshold: list[float] = field(default_factory=list)  # also find when the mean of 20 training episodes first is >=
     episodes: int = 100  # of each evaluation
     greedy: bool = False  # evaluate with the likeliest actions
-    csv: str | None = None  # write the rows here
+    csv: Path | None = None  # write the rows here
     keep: Path | None = None  # keep the run folders in this one, named by their seeds; None: remove them
 
 
@@ -56,14 +62,28 @@ def first_reached(run_dir, threshold):
     return None, None
 
 
+def execute(command, **options):
+    """Run a command. RuntimeError: it failed, and has said why. Ends the program where its flags are wrong.
+
+    It is out of reach of Ctrl-C, and gets a kill -9 instead: started again, it then repeats what it would have done.
+    """
+    process = subprocess.Popen([sys.executable, *map(str, command)], process_group=0, **options)
+    try:
+        code = process.wait()
+    finally:
+        process.kill()  # does nothing if it has ended
+        process.wait()
+    if code == 2:  # so would they be with every seed
+        sys.exit(f"seeds.py: {Path(command[0]).name} refuses its flags.")
+    if code:
+        raise RuntimeError(f"{Path(command[0]).name} ended with exit code {code}")
+
+
 def score_of(run_dir, script, episodes, greedy):
     """What evaluate.py --json says of a run's last checkpoint, with the Agent and the environment of `script`."""
     result = Path(run_dir) / "score.json"
-    command = [sys.executable, ROOT / "evaluate.py", run_dir, "--script", ROOT / script]
-    command += ["--episodes", str(episodes), "--json", result, *["--greedy"] * greedy]
-    done = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    if done.returncode:
-        sys.exit(f"seeds.py: {run_dir} could not be scored: {done.stderr.strip().splitlines()[-1]}")
+    command = [ROOT / "evaluate.py", run_dir, "--script", script, "--episodes", episodes, "--json", result]
+    execute([*command, *["--greedy"] * greedy], stdout=subprocess.DEVNULL)
     return json.loads(result.read_text())
 
 
@@ -75,21 +95,21 @@ def machine():
 
 
 def one_run(args, seed, folder):
-    """Train with `seed` in `folder`, evaluate; returns the CSV row as a dict."""
+    """Train with `seed` in `folder`, evaluate; returns the CSV row as a dict. RuntimeError: one of these failed."""
     run_dir = Path(folder) / str(seed)
-    commands = [["--seed", str(seed), "--run-dir", run_dir, *shlex.split(args.flags)]]
+    commands = [(["--seed", seed, "--run-dir", run_dir], args.flags)]
     if args.then is not None:
-        commands += [["--resume", run_dir, *shlex.split(args.then)]]
+        commands += [(["--resume", run_dir], args.then)]
     copy = run_dir / "script.py"
-    if copy.exists() and copy.read_bytes() != (ROOT / args.script).read_bytes():
+    if copy.exists() and copy.read_bytes() != args.script.read_bytes():
         sys.exit(f"seeds.py: {run_dir} was trained by another script than {args.script} is now: name another --keep.")
     start = None if run_dir.exists() else time.time()  # None: a run that goes on, whose time is not known
-    for i, flags in enumerate(commands):
+    for i, (own, flags) in enumerate(commands):
         done = run_dir / f"command_{i + 1}_done"  # once the second has begun, the first would be refused
         if not done.exists():
-            subprocess.run([sys.executable, ROOT / args.script, *flags], check=True)
-            done.write_text(shlex.join(map(str, flags)))
-        elif done.read_text() != shlex.join(map(str, flags)):
+            execute([args.script, *own, *shlex.split(flags)])
+            done.write_text(flags)
+        elif done.read_text() != flags:
             sys.exit(f"seeds.py: {run_dir} was trained with other flags: name another --keep.")
     if (run_dir / f"command_{len(commands) + 1}_done").exists():
         sys.exit(f"seeds.py: {run_dir} was trained further, with --then: name another --keep.")
@@ -99,42 +119,104 @@ def one_run(args, seed, folder):
     row |= {"seconds": start and round(end - start, 1)}
     for threshold in args.threshold:
         step, when = first_reached(run_dir, threshold)
-        row[f"steps_to_{threshold:g}"] = step
-        row[f"seconds_to_{threshold:g}"] = start and when and round(when - start, 1)
+        row[f"steps_to_{threshold:.9g}"] = step
+        row[f"seconds_to_{threshold:.9g}"] = start and when and round(when - start, 1)
     row |= {name: score[name] and round(score[name], 3) for name in ("mean_return", "std_return")}
     row |= {"human_normalized": score["human_normalized"], "min_return": min(score["returns"])}
-    return row | {"truncated": score["truncated"], "episodes": args.episodes}
+    return row | {"truncated": score["truncated"]}
+
+
+def read_rows(args, header, about):
+    """The rows that --csv has already, by seed. What another command or script wrote is put aside."""
+    try:
+        with open(args.csv, "a+", newline="") as file:  # made here, to see before the runs that it can be written
+            file.seek(0)
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        sys.exit(f"seeds.py: --csv {args.csv} cannot be written: {error.strerror}.")
+    same = ("command", "script", "episodes", "greedy")
+    if any(list(row) != header or any(row[x] != str(about[x]) for x in same) for row in rows):
+        old = args.csv.with_name(f"{args.csv.name}.old")
+        print(f"{args.csv} has rows of another command or script: they are in {old} now.", flush=True)
+        args.csv.replace(old)
+        return {}
+    return {int(row["seed"]): row for row in rows}
+
+
+def write_rows(args, header, rows):
+    """All rows, in the order of their seeds."""
+    with open(args.csv, "w", newline="") as file:
+        writer = csv.DictWriter(file, header)
+        writer.writeheader()
+        writer.writerows(rows[seed] for seed in sorted(rows))
+
+
+def summary(rows, thresholds):
+    """Print what the seeds have in common. Ends with exit code 1 if one has failed."""
+    scores = [float(row["mean_return"]) for row in rows if row.get("mean_return") not in (None, "")]
+    if len(scores) > 1:
+        mean, std = np.mean(scores), np.std(scores, ddof=1)
+        print(f"{mean:.2f} ± {std:.2f} over {len(scores)} seeds, lowest {min(scores):.2f}")
+    for threshold in thresholds:
+        steps = [float(row.get(f"steps_to_{threshold:.9g}") or np.inf) for row in rows]
+        print(f"{threshold:.9g} reached after {np.median(steps):,.0f} steps (median), {max(steps):,.0f} at most")
+    if len(scores) < len(rows):
+        sys.exit(f"seeds.py: {len(rows) - len(scores)} of {len(rows)} seeds failed.")
+
+
+def check(args):
+    """Refuse what would be seen only after a training. Makes --script a file that exists."""
+    flags = f"{args.flags} {args.then}".replace("_", "-")  # --run_dir is --run-dir, too
+    for flag in ("--seed", "--run-dir", "--resume"):
+        if re.search(rf"{flag}(?![\w-])", flags):
+            sys.exit(f"seeds.py: {flag} is set for each run: leave it out of --flags and --then.")
+    try:
+        shlex.split(args.flags), shlex.split(args.then or "")
+    except ValueError as error:
+        sys.exit(f"seeds.py: --flags or --then cannot be read: {error}.")
+    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or args.episodes < 1:
+        sys.exit("seeds.py: give at least one of --seeds, each once, and --episodes 1.")
+    name, args.script = args.script, args.script if args.script.is_file() else ROOT / args.script
+    if not args.script.is_file():
+        sys.exit(f"seeds.py: --script {name} is neither in this folder nor in {ROOT}.")
 
 
 def main(args):
-    flags = f"{args.flags} {args.then}".replace("_", "-")  # --run_dir is --run-dir, too
-    for flag in ("--seed", "--run-dir", "--resume"):
-        if re.search(rf"{flag}\b", flags):
-            sys.exit(f"seeds.py: {flag} is set for each run: leave it out of --flags and --then.")
-    if args.csv:
-        open(args.csv, "a").close()  # to see before the runs, not after them, that it can be written
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     then = "" if args.then is None else f"; --resume {args.then}"
-    about = {"command": f"{args.script} {args.flags}{then}".strip(), "commit": commit.stdout.strip()}
+    command = f"{args.script} {args.flags}{then}".strip()
+    check(args)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    about = {"episodes": args.episodes, "greedy": args.greedy, "command": command}
+    about |= {"script": hashlib.sha256(args.script.read_bytes()).hexdigest()[:8], "commit": commit.stdout.strip()}
     about |= {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     about |= {"machine": machine()}
+    times = [f"{what}_to_{threshold:.9g}" for threshold in args.threshold for what in ("steps", "seconds")]
+    header = ["env_id", "seed", "steps", "seconds", *times, "mean_return", "std_return", "human_normalized"]
+    header += ["min_return", "truncated", *about]
+    rows = read_rows(args, header, about) if args.csv else {}
+
+    def stop(number, frame):
+        kept = "the runs that ended are in --csv" if args.csv else "nothing is kept"
+        kept = "the same command goes on" if args.keep else kept
+        print(f"\nseeds.py: stopped; {kept}.", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, stop)
     print(about, flush=True)
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            rows.append(one_run(args, seed, args.keep or folder))
-            print(rows[-1], flush=True)
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            writer.writeheader()
-            writer.writerows(row | about for row in rows)
-    scores = [row["mean_return"] for row in rows]
-    if len(scores) > 1:
-        print(f"{np.mean(scores):.2f} ± {np.std(scores, ddof=1):.2f} over {len(rows)} seeds, lowest {min(scores):.2f}")
-    for threshold in args.threshold:
-        steps = [row[f"steps_to_{threshold:g}"] or np.inf for row in rows]
-        print(f"{threshold:g} reached after {np.median(steps):,.0f} steps (median), {max(steps):,.0f} at most")
+            try:
+                row = one_run(args, seed, args.keep or folder)
+            except RuntimeError as error:
+                print(f"seeds.py: seed {seed} failed: {error}", file=sys.stderr, flush=True)
+                row = {"seed": seed}
+            rows[seed] = row | about
+            print(row, flush=True)
+            if args.csv:
+                write_rows(args, header, rows)
+    summary(rows.values(), args.threshold)
 
 
 if __name__ == "__main__":

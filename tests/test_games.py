@@ -3,8 +3,11 @@
 import csv
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +22,8 @@ import games
 import plot
 import seeds
 import symptoms
+
+PPO_CARTPOLE = ROOT / "ppo_cartpole.py"
 
 
 def test_interquartile_mean_leaves_out_a_quarter_at_each_end():
@@ -97,7 +102,7 @@ def test_a_row_is_of_its_own_seed(tmp_path, monkeypatch):
     score = {"env_id": "X-v0", "global_step": 768, "mean_return": 12.34567, "std_return": 1.2345, "truncated": 2}
     score |= {"human_normalized": 0.5, "returns": [20.0, 3.0, 7.0]}
 
-    def run(command, **_):
+    def execute(command, **_):
         commands.append(command := [*map(str, command)])
         if "--run-dir" in command:
             clock[0] += 7.25
@@ -105,58 +110,122 @@ def test_a_row_is_of_its_own_seed(tmp_path, monkeypatch):
         else:
             clock[0] += 1000
             Path(command[command.index("--json") + 1]).write_text(json.dumps(score))
-        return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(seeds.subprocess, "run", run)
+    monkeypatch.setattr(seeds, "execute", execute)
     monkeypatch.setattr(seeds, "time", SimpleNamespace(time=lambda: clock[0]))
     monkeypatch.setattr(seeds, "first_reached", lambda run_dir, threshold: (512, 103.5))
-    args = seeds.Args("ppo_cartpole.py", [6, 7], "--gamma 0.9", threshold=[475], episodes=3, greedy=True)
+    args = seeds.Args(PPO_CARTPOLE, [6, 7], "--gamma 0.9", threshold=[475], episodes=3, greedy=True)
     row = seeds.one_run(args, 7, tmp_path)
     training, scoring = commands
-    assert training[2:] == ["--seed", "7", "--run-dir", str(tmp_path / "7"), "--gamma", "0.9"]
-    assert scoring[2] == str(tmp_path / "7")
+    assert training[1:] == ["--seed", "7", "--run-dir", str(tmp_path / "7"), "--gamma", "0.9"]
+    assert scoring[1] == str(tmp_path / "7")
     assert scoring[scoring.index("--episodes") + 1] == "3"
     assert "--greedy" in scoring
     assert row == {
         **{"env_id": "X-v0", "seed": 7, "steps": 768, "seconds": 7.2, "steps_to_475": 512, "seconds_to_475": 3.5},
         **{"mean_return": 12.346, "std_return": 1.234, "human_normalized": 0.5, "min_return": 3.0},
-        **{"truncated": 2, "episodes": 3},
+        **{"truncated": 2},
     }
 
 
-def test_seeds_prints_the_spread_over_seeds_and_writes_a_row_of_each(tmp_path, monkeypatch, capsys):
-    scores, reached = {1: 10.0, 2: 20.0, 3: 60.0}, {1: 400, 2: None, 3: 100}
+def stub_runs(monkeypatch, scores):
+    """one_run() returns a row with the score of its seed; without one, it fails. Returns the seeds that were run."""
+    ran = []
 
     def one_run(args, seed, folder):
-        return {"seed": seed, "mean_return": scores[seed], "steps_to_475": reached[seed]}
+        ran.append(seed)
+        if scores[seed] is None:
+            raise RuntimeError("a loss is nan")
+        reached = {"steps_to_475": scores[seed] * 10 if seed != 2 else None} if args.threshold else {}
+        return {"seed": seed, "mean_return": scores[seed], **reached}
 
     monkeypatch.setattr(seeds, "one_run", one_run)
+    monkeypatch.setattr(seeds.signal, "signal", lambda *_: None)  # the tests keep their own Ctrl-C
+    return ran
+
+
+def read(file, *columns):
+    return [tuple(row[name] for name in columns) for row in csv.DictReader(open(file))]
+
+
+def test_seeds_prints_the_spread_over_seeds_and_writes_a_row_of_each(tmp_path, monkeypatch, capsys):
+    stub_runs(monkeypatch, {1: 40.0, 2: 20.0, 3: 30.0})
     file = tmp_path / "x.csv"
-    seeds.main(seeds.Args("ppo_cartpole.py", [3, 1, 2], "--gamma 0.9", threshold=[475], csv=str(file)))
+    seeds.main(seeds.Args(Path("ppo_cartpole.py"), [3, 1, 2], "--gamma 0.9", threshold=[475], greedy=True, csv=file))
     out = capsys.readouterr().out
-    assert "30.00 ± 26.46 over 3 seeds, lowest 10.00" in out
+    assert "30.00 ± 10.00 over 3 seeds, lowest 20.00" in out
     assert "475 reached after 400 steps (median), inf at most" in out
-    rows = [list(row.values())[:4] for row in csv.DictReader(open(file))]
     command = "ppo_cartpole.py --gamma 0.9"
-    assert rows == [["3", "60.0", "100", command], ["1", "10.0", "400", command], ["2", "20.0", "", command]]
+    rows = read(file, "seed", "mean_return", "steps_to_475", "episodes", "greedy", "command")
+    of_all = ("100", "True", command)
+    assert rows == [("1", "40.0", "400.0", *of_all), ("2", "20.0", "", *of_all), ("3", "30.0", "300.0", *of_all)]
+
+
+def test_a_seed_that_fails_is_reported_and_costs_no_other_one(tmp_path, monkeypatch, capsys):
+    ran, file = stub_runs(monkeypatch, {1: 40.0, 2: None, 3: 30.0}), tmp_path / "x.csv"
+    with pytest.raises(SystemExit, match="1 of 3 seeds failed"):
+        seeds.main(seeds.Args(PPO_CARTPOLE, [1, 2, 3], csv=file))
+    assert ran == [1, 2, 3]
+    assert read(file, "seed", "mean_return") == [("1", "40.0"), ("2", ""), ("3", "30.0")]
+    said = capsys.readouterr()
+    assert "seed 2 failed: a loss is nan" in said.err
+    assert "35.00 ± 7.07 over 2 seeds" in said.out
+    with pytest.raises(SystemExit, match="a seed that failed"):
+        games.main(games.Args([file]))
+
+
+def test_seeds_adds_to_the_rows_of_its_command_and_puts_others_aside(tmp_path, monkeypatch, capsys):
+    script, file, scores = tmp_path / "mine.py", tmp_path / "x.csv", dict.fromkeys(range(1, 5), 40.0)
+    script.write_text("1")
+    stub_runs(monkeypatch, scores)
+    seeds.main(seeds.Args(script, [1, 2], csv=file))
+    scores[2] = 50.0
+    seeds.main(seeds.Args(script, [2, 3], csv=file))
+    assert read(file, "seed", "mean_return") == [("1", "40.0"), ("2", "50.0"), ("3", "40.0")]
+    assert "43.33 ± 5.77 over 3 seeds" in capsys.readouterr().out
+    script.write_text("2")
+    for changed in ({}, {"flags": "--gamma 0.9"}, {"greedy": True}, {"episodes": 9}, {"threshold": [475]}):
+        kept = file.read_text()
+        seeds.main(seeds.Args(script, [4], csv=file, **changed))
+        assert read(file, "seed") == [("4",)]
+        assert (tmp_path / "x.csv.old").read_text() == kept
+        assert "rows of another command or script" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_training_too_and_the_same_command_goes_on(name, tmp_path):
+    """It is killed: saving would make it another run."""
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(60)")
+    command = [sys.executable, ROOT / "benchmarks" / "seeds.py", "--script", sleeper.name, "--keep", "kept"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text()):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(getattr(signal, name))
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert "seeds.py: stopped; the same command goes on." in said
+    assert process.returncode == 128 + getattr(signal, name)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
 
 
 def test_seeds_go_on_where_they_were(tmp_path, monkeypatch):
     """Also when the second of two commands was cut off: the first, which the run would now refuse, is not repeated."""
-    crash, commands, run_command = [True], [], subprocess.run
+    crash, commands, execute = [True], [], seeds.execute
 
-    def run(command, **options):
-        script = "evaluate.py" if "evaluate.py" in str(command[1]) else "train"
-        commands.append([script, *map(str, command[2:])])
-        done = run_command(command, **options)
+    def crashing(command, **options):
+        script = "evaluate.py" if "evaluate.py" in str(command[0]) else "train"
+        commands.append([script, *map(str, command[1:])])
+        execute(command, **options)
         if "--resume" in command and crash.pop():
             raise KeyboardInterrupt
-        return done
 
-    monkeypatch.setattr(seeds.subprocess, "run", run)
-    args = seeds.Args(
-        "ppo_cartpole.py", [1], "--total-timesteps 300", "--total-timesteps 600 --ent-coef 0.01", episodes=2
-    )
+    monkeypatch.setattr(seeds, "execute", crashing)
+    args = seeds.Args(PPO_CARTPOLE, [1], "--total-timesteps 300", "--total-timesteps 600 --ent-coef 0.01", episodes=2)
     with pytest.raises(KeyboardInterrupt):
         seeds.one_run(args, 1, tmp_path)
     crash.append(False)
@@ -179,7 +248,7 @@ def test_seeds_scores_with_the_script_that_it_trained(tmp_path):
     copy = tmp_path / "ppo_cartpole.py"
     copy.write_text(source.replace("gym.make(args.env_id", "gym.make(args.env_id, max_episode_steps=7"))
     assert copy.read_text() != source
-    args = seeds.Args(str(copy), [1], "--total-timesteps 300", episodes=1, threshold=[475])
+    args = seeds.Args(copy, [1], "--total-timesteps 300", episodes=1, threshold=[475])
     row = seeds.one_run(args, 1, tmp_path / "runs")
     assert (row["mean_return"], row["std_return"], row["steps_to_475"]) == (7, None, None)
 
@@ -188,9 +257,25 @@ def test_seeds_refuses_what_it_would_lose_before_it_trains(tmp_path, monkeypatch
     monkeypatch.setattr(seeds, "one_run", lambda *_: pytest.fail("has trained"))
     for flags in ("--seed 9", "--gamma 0.9 --run_dir=x"):
         with pytest.raises(SystemExit, match="is set for each run"):
-            seeds.main(seeds.Args("ppo_cartpole.py", [1], flags))
-    with pytest.raises(FileNotFoundError):
-        seeds.main(seeds.Args("ppo_cartpole.py", [1], csv=str(tmp_path / "none" / "x.csv")))
+            seeds.main(seeds.Args(PPO_CARTPOLE, [1], flags))
+    for wrong, said in (
+        ({"csv": tmp_path / "none" / "x.csv"}, "cannot be written: No such file"),
+        ({"csv": tmp_path}, "cannot be written: Is a directory"),
+        ({"flags": "--exp-name 'my"}, "cannot be read: No closing quotation"),
+        ({"seeds": [1, 2, 1]}, "each once"),
+        ({"seeds": []}, "at least one"),
+        ({"episodes": 0}, "--episodes 1"),
+        ({"script": tmp_path / "none.py"}, "none.py is neither"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            seeds.main(seeds.Args(**{"script": PPO_CARTPOLE, "seeds": [1]} | wrong))
+
+
+def test_seeds_ends_where_the_script_refuses_its_flags(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(seeds.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="refuses its flags"):
+        seeds.main(seeds.Args(PPO_CARTPOLE, [1, 2], "--gamma 2", keep=tmp_path))
+    assert capfd.readouterr().err.count("--gamma must be between 0 and 1") == 1
 
 
 def test_no_episode_has_ended(tmp_path):
@@ -245,7 +330,7 @@ def test_seeds_does_not_take_one_script_for_another(tmp_path):
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "script.py").write_text("print('the original')")
     with pytest.raises(SystemExit, match="trained by another script than"):
-        seeds.one_run(seeds.Args("ppo_cartpole.py", [1]), 1, tmp_path)
+        seeds.one_run(seeds.Args(PPO_CARTPOLE, [1]), 1, tmp_path)
 
 
 def test_ablations_compares_each_change(tmp_path, monkeypatch, capsys):
