@@ -144,7 +144,7 @@ def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
     found = max(list_checkpoints(path), default=Path(path))
     if not found.is_file():
-        fail(f"{path} holds no checkpoint: name the folder of one run, or a .pt file.")
+        fail(f"{path} holds no checkpoint yet: name the folder of one run, or a .pt file.")
     return found
 
 
@@ -168,21 +168,29 @@ def find_source(path):
     return next(filter(Path.is_file, sources), None)
 
 
-def load_script(checkpoint, path, script):
-    """The module that wrote `checkpoint`: the file `script` if given, else {name}.py beside this file."""
+def find_script(checkpoint, path, script):
+    """The file that wrote `checkpoint`: `script` if given, else {name}.py beside this file."""
     name = checkpoint["script"]
-    if script is None:
-        if not re.fullmatch(r"[\w-]+", name):
-            fail(f"{path} names the script {name!r}, which is not a bare module name: give the file with --script.")
-        script, ran = Path(__file__).with_name(f"{name}.py"), find_source(path)
-        if not script.is_file():
-            hint = f", for instance {ran}" if ran else ""
-            fail(f"{path} was written by {name}.py, which is not beside evaluate.py: give it with --script{hint}.")
-        if ran and ran.read_bytes() != script.read_bytes():
-            say_once(f"{script.name} has changed since this run; what ran is --script {ran}")
-    spec = importlib.util.spec_from_file_location(Path(script).stem, script)
-    if spec is None or not Path(script).is_file():
-        fail(f"--script {script} is not a Python file.", code=2)
+    if script is not None:
+        if Path(script).suffix != ".py" or not Path(script).is_file():
+            fail(f"--script {script} is not a Python file.", code=2)
+        return Path(script)
+    if not re.fullmatch(r"[\w-]+", name):
+        fail(f"{path} names the script {name!r}, which is not a bare module name: give the file with --script.")
+    found, ran = Path(__file__).with_name(f"{name}.py"), find_source(path)
+    if not found.is_file():
+        hint = f", for instance {ran}" if ran else ""
+        fail(f"{path} was written by {name}.py, which is not beside evaluate.py: give it with --script{hint}.")
+    if ran and ran.read_bytes() != found.read_bytes():
+        say_once(f"{found.name} has changed since this run; what ran is --script {ran}")
+    return found
+
+
+def load_script(checkpoint, path, script):
+    """The module that wrote `checkpoint`."""
+    script = find_script(checkpoint, path, script)
+    sys.path.insert(0, str(script.resolve().parent))  # an environment of one's own lies beside the script
+    spec = importlib.util.spec_from_file_location(script.stem, script)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
     if missing := {"Args", "make_envs", "Agent"} - vars(module).keys():
@@ -205,7 +213,8 @@ def rebuild(path, args, num_envs):
         agent.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError, AttributeError) as error:
         ran = find_source(path)
-        hint = f"if it was edited since, try --script {ran}" if ran else "give the one that ran with --script"
+        other = ran and not ran.samefile(module.__file__)
+        hint = f"if it was edited since, try --script {ran}" if other else "give the one that ran with --script"
         fail(f"{path} does not fit {module.__file__} ({' '.join(str(error).split())[:300]}); {hint}.")
     if broken := [name for name, weights in agent.state_dict().items() if not weights.isfinite().all()]:
         fail(f"{path} holds weights that are not finite, in {broken[0]}: it cannot play.")
@@ -239,6 +248,8 @@ class Screen:
         """picture: (H, W, 3) uint8 RGB, enlarged so that it is at least 400 pixels high."""
         import cv2
 
+        if np.shape(picture)[2:] != (3,) or picture.dtype != np.uint8:
+            fail("--render and --video need pictures from the environment's render(), (H, W, 3) uint8.")
         times = -(-400 // len(picture))
         picture = np.ascontiguousarray(picture.repeat(times, 0).repeat(times, 1)[..., ::-1])  # BGR, as OpenCV has it
         self.pictures += 1
@@ -258,7 +269,11 @@ class Screen:
     def close(self):
         """Complete the film. One that was cut short can be played too."""
         if self.writer and self.writer.isOpened():
+            import cv2
+
             self.writer.release()
+            if not cv2.VideoCapture(self.film).read()[0]:  # OpenCV does not say that the disk was full
+                fail(f"--video {self.film} could not be written: is the disk full?")
             length = self.pictures / self.fps
             print(f"{self.film}: {self.pictures:,} pictures, {length:.1f} s at {self.fps:g} per second", flush=True)
 
@@ -370,15 +385,19 @@ def score_all(run_dir, args):
         writer = SummaryWriter(run_dir / "eval")
     except OSError as error:
         fail(f"{run_dir / 'eval'} cannot be written: {error.strerror}.")
-    with writer:
-        for path in list_checkpoints(run_dir):
-            results.append(score(path, args))
-            report(results[-1])
-            writer.add_scalar("eval/episodic_return", results[-1]["mean_return"], results[-1]["global_step"])
-            writer.flush()
-            write_json(results, args)
-    for file in earlier:
-        file.unlink(missing_ok=True)  # TensorBoard would mix the two; another --all may have removed it
+    paths = list_checkpoints(run_dir)
+    try:
+        with writer:
+            for path in paths:
+                results.append(score(path, args))
+                report(results[-1])
+                writer.add_scalar("eval/episodic_return", results[-1]["mean_return"], results[-1]["global_step"])
+                writer.flush()
+                write_json(results, args)
+    finally:  # TensorBoard would mix the two curves: one of them goes, this one if it was cut short
+        for file in run_dir.glob("eval/events.*"):
+            if (file in earlier) == (len(results) == len(paths)):
+                file.unlink(missing_ok=True)  # another --all may have removed it
     print(f"Look at the curve: tensorboard --logdir {run_dir}")
 
 
@@ -414,7 +433,7 @@ def new_checkpoints(run_dir):
         while new := [path for path in (*run_dir.glob("best.pt"), *list_checkpoints(run_dir)) if path not in seen]:
             seen.add(new[0])
             yield new[0]
-        if not running and (seen or time.monotonic() > deadline):  # a run may be started after its --follow
+        if not running and time.monotonic() > deadline:  # a run may be started, or resumed, after its --follow
             return
         time.sleep(1)
 
@@ -425,7 +444,7 @@ def scoring_flags(args):
 
 
 def open_scores(run_dir, args):
-    """The file of results, the curve, and those results in the file that have the same flags: {SHA-256: result}."""
+    """The file of results, the curve, and those results in the file that have the same flags: {checksum: result}."""
     (run_dir / "eval").mkdir(exist_ok=True)
     file, known = open(run_dir / "eval" / "scores.jsonl", "a+"), {}
     try:
@@ -443,8 +462,6 @@ def open_scores(run_dir, args):
             if result.pop("flags") == scoring_flags(args):
                 known[result.pop("sha256")] = result
     writer = SummaryWriter(run_dir / "eval", purge_step=0)  # hides the earlier curve, which may be of other flags
-    for step, result in {result["global_step"]: result for result in known.values()}.items():
-        writer.add_scalar("eval/episodic_return", result["mean_return"], step)
     return file, writer, known
 
 
@@ -482,20 +499,26 @@ def lowest_priority():
 def follow(run_dir, args):
     """Score each checkpoint of a run as it comes, and keep the best. Returns the exit code."""
     print(f"Following {run_dir} until its run has ended. Ctrl-C stops it; the same command goes on.", flush=True)
-    best, best_path, code = None, run_dir / "best.pt", 0
+    best, best_path, code, scores = None, run_dir / "best.pt", 0, {}
     try:
         for path in new_checkpoints(run_dir):
             if best is None:  # only now: a folder that holds no run stays as it is
                 file, writer, known = open_scores(run_dir, args)
-            checksum = hashlib.sha256(path.read_bytes()).hexdigest()  # best.pt has the same as its checkpoint
-            result, is_new = known.get(checksum), checksum not in known
+            source = find_script(load_checkpoint(path), path, args.script)
+            checksum = hashlib.sha256(path.read_bytes() + source.read_bytes()).hexdigest()
+            if checksum in scores:  # best.pt, which came first, is a link to this checkpoint
+                scores[checksum]["checkpoint"] = str(path)
+                continue
+            is_new = checksum not in known
             if is_new:
-                result = known[checksum] = score(path, args)
-                report(result)
-                print(json.dumps(result | {"sha256": checksum, "flags": scoring_flags(args)}), file=file, flush=True)
-                writer.add_scalar("eval/episodic_return", result["mean_return"], result["global_step"])
-                writer.flush()
-            write_json(list(known.values()), args)
+                known[checksum] = score(path, args)
+                report(known[checksum])
+                line = known[checksum] | {"sha256": checksum, "flags": scoring_flags(args)}
+                print(json.dumps(line), file=file, flush=True)
+            result = scores[checksum] = known[checksum] | {"checkpoint": str(path)}  # the run may have been moved
+            writer.add_scalar("eval/episodic_return", result["mean_return"], result["global_step"])
+            writer.flush()
+            write_json(list(scores.values()), args)
             if best is None or result["mean_return"] > best["mean_return"]:
                 best = result
                 if path != best_path:
@@ -515,12 +538,12 @@ def follow(run_dir, args):
     flags = ["--episodes", args.episodes, "--seed", again.seed, *["--greedy"] * args.greedy, *["--cuda"] * args.cuda]
     flags += ["--script", args.script] * bool(args.script) + ["--num-envs", args.num_envs] * bool(args.num_envs)
     command = shlex.join(map(str, ["python", sys.argv[0], best_path, *flags]))
-    print(f"Best of {len(known)}: {best['mean_return']:.2f} after {best['global_step']:,} steps, kept as {best_path}.")
+    print(f"Best of {len(scores)}: {best['mean_return']:.2f} after {best['global_step']:,} steps, kept as {best_path}.")
     print(f"The best of many is scored too high. On fresh seeds: {command}", flush=True)
     if code == 0:
         fresh = score(best_path, again)
         report(fresh)
-        write_json([*known.values(), fresh], args)
+        write_json([*scores.values(), fresh], args)
     return code
 
 

@@ -271,7 +271,7 @@ def test_a_curve_stays_until_the_next_one_is_whole(run_dir, capsys):
         evaluate.main(evaluate.Args(str(run_dir), episodes=2, all=True))
     assert str(last) in capsys.readouterr().err
     curve = EventAccumulator(str(run_dir / "eval")).Reload().Scalars("eval/episodic_return")
-    assert 768 in [event.step for event in curve]
+    assert [event.step for event in curve] == [256, 512, 768]  # and nothing of the one that was cut short
 
 
 def test_with_all_the_json_has_what_was_scored_before_something_failed(run_dir, tmp_path):
@@ -407,6 +407,49 @@ def test_a_film_that_cannot_be_written_gets_one_sentence(run_dir, tmp_path, caps
     assert "pictures" not in out
     assert "film.mp4 cannot be written" in err
     assert " 1 episode, " in out
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs /dev/null, which keeps nothing, like a full disk")
+def test_a_film_that_was_not_kept_is_not_called_a_film(run_dir, tmp_path, capsys):
+    (tmp_path / "film.mp4").symlink_to("/dev/null")
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(str(run_dir), episodes=1, video=str(tmp_path / "film.mp4")))
+    out, err = capsys.readouterr()
+    assert "pictures" not in out
+    assert "film.mp4 could not be written: is the disk full?" in err
+
+
+@pytest.mark.parametrize(
+    "picture", [None, np.zeros((4, 6), np.uint8), np.zeros((4, 6, 4), np.uint8), np.zeros((4, 6, 3))]
+)
+def test_pictures_that_nobody_could_play_are_refused(picture, tmp_path, capsys):
+    screen = evaluate.Screen(window=False, film=str(tmp_path / "film.mp4"), fps=30)
+    with pytest.raises(SystemExit):
+        screen.show(picture)
+    assert "need pictures from the environment's render()" in capsys.readouterr().err
+
+
+def test_an_environment_is_found_beside_the_script(tmp_path):
+    """Before one of the same name elsewhere: training found that one, too."""
+    (tmp_path / "lab").mkdir()
+    script = shutil.copy(ROOT / "ppo_cartpole.py", tmp_path / "lab" / "my_idea.py")
+    for folder, reward in ((tmp_path / "lab", 3.0), (tmp_path, 5.0)):
+        (folder / "coin_env.py").write_text(f"""
+import gymnasium as gym, numpy as np
+
+class Coin(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {{}}
+    def step(self, action):
+        return np.zeros(2, np.float32), {reward}, True, False, {{}}
+
+gym.register("Coin-v0", entry_point=Coin)
+""")
+    flags = ["--env-id", "coin_env:Coin-v0", "--total-timesteps", "256", "--run-dir", "run"]
+    assert run(script, *flags, cwd=tmp_path).returncode == 0
+    done = run("evaluate.py", "run", "--script", script, "--episodes", "1", cwd=tmp_path)
+    assert "return 3.00 in 1 episode" in done.stdout, done.stderr
 
 
 def test_the_window_shows_the_game_at_its_speed_until_q(run_dir, monkeypatch):

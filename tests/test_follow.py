@@ -216,6 +216,31 @@ def test_other_flags_score_everything_again(flags, run_dir, play):
     assert curve(run_dir) == {256: 10.5, 512: 30.5, 768: 20.5}
 
 
+def test_an_edited_script_scores_everything_again(run_dir, play, tmp_path, capsys):
+    script = shutil.copy(ROOT / "ppo_cartpole.py", tmp_path)
+    play(10, 30, 20, 25)
+    follow(run_dir, script=str(script))
+    with open(script, "a") as file:
+        file.write("# edited\n")
+    play(12, 40, 13, 20)
+    follow(run_dir, script=str(script), json=str(tmp_path / "scores.json"))
+    assert curve(run_dir) == {512: 12.5, 256: 40.5, 768: 13.5}
+    assert "Best of 3: 40.50 after 256 steps" in capsys.readouterr().out.splitlines()[-4]
+    names = [Path(one["checkpoint"]).name for one in json.loads((tmp_path / "scores.json").read_text())]
+    assert names == ["000000000512.pt", "000000000256.pt", "000000000768.pt", "best.pt"]
+
+
+def test_it_waits_for_a_run_that_is_resumed_a_moment_later(run_dir, play, monkeypatch):
+    monkeypatch.setattr(evaluate, "PATIENCE", 3)
+    os.replace(checkpoint(run_dir, 768), run_dir / "later.pt")
+    timer = threading.Timer(1.5, os.replace, (run_dir / "later.pt", checkpoint(run_dir, 768)))
+    timer.start()
+    play(10, 30, 20, 25)
+    assert follow(run_dir) == 0
+    timer.join()
+    assert curve(run_dir)[768] == 20.5
+
+
 def test_the_best_outlives_its_checkpoint(run_dir, play, capsys):
     play(10, 30, KeyboardInterrupt)
     assert follow(run_dir) == 130
