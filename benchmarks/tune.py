@@ -6,9 +6,10 @@
 
 Flags that tune.py does not have go to the script: they are the defaults that the best flags are compared with. A trial
 trains with seeds 1001, 1002, ... in turn, and scores each final policy with evaluate.py. Where even its best mean so
-far is below the median of earlier trials, it gets no further seed. The best of many trials was lucky, so its score is
-too high: the best flags and the defaults are trained anew, with seeds 1, 2, ... The same command again continues its
-study. Another machine that shares the folder can run it at the same time.
+far is below the median of the trials that got all seeds, it gets no further one. A choice that got all seeds is not
+trained again. The best of many trials was lucky, so its score is too high: the best flags and the defaults are trained
+anew, with seeds 1, 2, ... The same command again continues its study; after a change of the script, or of a module
+beside it, it begins another. Another machine that shares the folder can run it at the same time.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ import evaluate
 
 matplotlib.use("Agg")  # draws into files, also where there is no display
 FIRST_SEED = 1001  # of the search; the comparison counts from 1
+COMPLETE = optuna.trial.TrialState.COMPLETE
 FIXED = {"seed", "run_dir", "resume"}  # flags that each run gets from here
 stopping, children = threading.Event(), set()  # Ctrl-C sets the one and ends the others
 
@@ -87,10 +89,13 @@ def parse_space(text, module, defaults):
 
 
 def stop(number, frame):
-    """Ctrl-C or SIGTERM: kill -9 all runs. Started again, each repeats what it would have done."""
+    """Ctrl-C, SIGTERM or SIGHUP: kill -9 all runs. Started again, each repeats what it would have done."""
     signal.signal(number, signal.SIG_DFL)  # a second one ends this program at once
     stopping.set()
-    os.write(2, b"\nStopping. The same command goes on from here.\n")  # print is not reentrant
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, b"\nStopping. The same command goes on from here.\n")  # print is not reentrant
+    if not children:  # it waits for another process, say
+        raise SystemExit(130)
     for process in list(children):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -141,7 +146,9 @@ def score_of(args, flags, params, seed, folder):
 def run_trial(trial, args, flags, space, out):
     """What Optuna maximizes: the mean score over seeds."""
     params, scores = {name: draw(trial) for name, draw in space.items()}, []
-    folder = out / f"trial_{trial.user_attrs.get('again', trial.number)}"  # of its first attempt
+    tried = [old for old in trial.study.get_trials(states=(COMPLETE,)) if old.params == params]
+    number = (tried or [trial])[0]
+    folder = out / f"trial_{number.user_attrs.get('again', number.number)}"  # of its first attempt
     try:
         for i in range(args.seeds):
             scores.append(score_of(args, flags, params, FIRST_SEED + i, folder))
@@ -160,6 +167,15 @@ def count(study):
     return sum(trial.state.is_finished() for trial in trials) - sum("again" in trial.user_attrs for trial in trials)
 
 
+def wait_for(lock, kind):
+    """Take the lock, and say so if another process has it."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("Waiting for another process, which works on this study, too.", flush=True)
+        fcntl.flock(lock, kind)
+
+
 def search(study, args, flags, space, out, lock):
     """Run trials until --trials have ended, here and on other machines."""
     with contextlib.suppress(BlockingIOError):
@@ -167,14 +183,14 @@ def search(study, args, flags, space, out, lock):
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             study.enqueue_trial(trial.params, {"again": trial.user_attrs.get("again", trial.number)})
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    fcntl.flock(lock, fcntl.LOCK_SH)
+    wait_for(lock, fcntl.LOCK_SH)
     options = dict(n_trials=args.trials - count(study), n_jobs=args.jobs, catch=RuntimeError, show_progress_bar=True)
     if options["n_trials"] > 0:
         enough = [lambda study, trial: study.stop() if count(study) >= args.trials else None]
         study.optimize(lambda trial: run_trial(trial, args, flags, space, out), **options, callbacks=enough)
     fcntl.flock(lock, fcntl.LOCK_UN)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the last trials of other machines
-    complete = sorted(study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)), key=lambda trial: -trial.value)
+    wait_for(lock, fcntl.LOCK_EX)  # for the last trials of other machines
+    complete = sorted(study.get_trials(states=(COMPLETE,)), key=lambda trial: -trial.value)
     print(f"{count(study)} trials have ended, {len(complete)} with all seeds from {FIRST_SEED} on. The best of these:")
     for trial in complete[:3]:
         print(f"{trial.value:10.2f}  {trial.params}")
@@ -210,22 +226,24 @@ def main(args, flags):
         evaluate.fail("give at least one --space, --fresh-seeds 2, and 1 for --trials, --seeds, --episodes, --jobs.", 2)
     if fixed := {flag.split("=")[0].strip("-").replace("-", "_") for flag in flags} & FIXED:
         evaluate.fail(f"--{fixed.pop().replace('_', '-')} is set for each run: leave it out.", 2)
-    folder = os.path.relpath(args.script.parent)
-    sys.path.insert(0, folder)  # an environment of one's own lies beside the script
     module = evaluate.load_script({"script": args.script.stem}, args.script, args.script)
     defaults = tyro.cli(module.Args, prog=args.script.name, args=flags)  # refuses what the script would
     space = dict(parse_space(text, module, defaults) for text in args.space)
-    what = json.dumps([args.script.read_text(), flags, sorted(args.space), args.seeds, args.episodes])
+    files = [Path(x.__file__) for x in [*sys.modules.values()] if getattr(x, "__file__", None)]
+    beside = sorted(x.resolve() for x in files if x.resolve().parent == args.script.resolve().parent and x.is_file())
+    sources = [x.read_text() for x in beside]  # of the script, and of an environment of one's own
+    what = json.dumps([sources, flags, sorted(args.space), args.seeds, args.episodes])
     out = Path(f"runs/tune__{args.script.stem}__{hashlib.sha256(what.encode()).hexdigest()[:8]}")
     out.mkdir(parents=True, exist_ok=True)
     threads = os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))
-    paths = os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(f"{out}/journal.log"))
     study = optuna.create_study(storage=journal, study_name=out.name, direction="maximize", load_if_exists=True)
-    print(f"{count(study)} of {args.trials} trials have ended. Watch: optuna-dashboard {out}/journal.log", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    watch = f"pip install optuna-dashboard && optuna-dashboard {out}/journal.log"
+    print(f"{count(study)} of {args.trials} trials have ended. Watch: {watch}", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, stop)
     with open(out / ".lock", "w") as lock:
         search(study, args, flags, space, out, lock)
         compare(study, args, flags, out)
@@ -234,7 +252,7 @@ def main(args, flags):
         plot(study).figure.savefig(out / f"{plot.__name__.removeprefix('plot_')}.png", bbox_inches="tight")
     train, score = commands(args, flags, study.best_params, 1, out / "again")
     print(f"Pictures and policies are in {out}. To train the best flags again, with seed 1, to the same score:")
-    print(f"  export OMP_NUM_THREADS={threads} PYTHONPATH={shlex.quote(paths)}")
+    print(f"  export OMP_NUM_THREADS={threads}")
     print(f"  {shlex.join(train)} && {shlex.join(score)}")
 
 

@@ -1,5 +1,6 @@
 """benchmarks/tune.py: a study that goes on whatever happens, and an honest comparison at its end."""
 
+import fcntl
 import json
 import math
 import multiprocessing
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -33,8 +35,7 @@ def folder(tmp_path, monkeypatch):
     """Each test in a folder of its own. What tune.py sets in this process is put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", ""))
     yield tmp_path
 
 
@@ -361,7 +362,7 @@ def test_the_last_line_trains_the_best_flags_and_finds_their_score(start, monkey
     score = json.loads(next(Path().glob("runs/*/best_*/seed_1/score.json")).read_text())
     export, command = capsys.readouterr().out.splitlines()[-2:]
     command = command.replace("python ", f"{sys.executable} ")
-    shell = f"unset PYTHONPATH; {export.strip()}; {command.strip()} --json again.json"
+    shell = f"{export.strip()}; {command.strip()} --json again.json"
     done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(Path("again.json").read_text())["returns"] == score["returns"]
@@ -438,6 +439,40 @@ def test_an_edited_script_is_another_study(start):
     script.write_text(script.read_text() + "# another\n")
     assert start(f"{SMALL} --trials 1", lambda args: 1, script.resolve())
     assert len(list(Path("runs").iterdir())) == 4
+
+
+def test_an_edited_environment_beside_the_script_is_another_study_too(start, monkeypatch):
+    script = Path(shutil.copy(ROOT / "ppo_cartpole.py", "mine.py")).resolve()
+    Path("edited_env.py").write_text(textwrap.dedent(TARGET))
+    flags = f"{SMALL} --trials 1 --env-id edited_env:Coin-v0"
+    assert start(flags, lambda args: 1, script)
+    assert not start(flags, lambda args: 1, script)  # all of it is known
+    Path("edited_env.py").write_text(textwrap.dedent(TARGET) + "# another\n")
+    assert start(flags, lambda args: 1, script)
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_a_choice_that_got_all_seeds_is_not_trained_again(start, capsys):
+    scored = start("--space num_steps=16,32 --seeds 2 --fresh-seeds 2 --trials 6", lambda args: args.num_steps)
+    assert [trial.value for trial in study().trials] == [trial.params["num_steps"] for trial in study().trials]
+    searched = [(args.num_steps, args.seed) for args in scored if args.seed > 1000]
+    assert len(searched) == len(set(searched)) <= 4
+
+
+def test_who_waits_for_another_process_says_so_and_can_be_stopped():
+    """Ctrl-C would otherwise only be noted, as no run of its own is there to end."""
+    code = (
+        "import fcntl, signal, sys; sys.path[:0] = sys.argv[1:]; import tune; signal.signal(signal.SIGINT, tune.stop)"
+    )
+    code += "; tune.wait_for(open('lock', 'w'), fcntl.LOCK_EX)"
+    with open("lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, "-c", code, str(ROOT / "benchmarks")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline().startswith("Waiting for another process")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
 
 
 def test_tune_scores_as_many_episodes_as_it_says():
