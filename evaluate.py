@@ -119,9 +119,9 @@ class Args:
             fail("--follow begins with all checkpoints that are there: leave out --all.", code=2)
         if (self.render or self.video) and (self.all or self.follow or (self.num_envs or 1) > 1):
             fail("--render and --video show one game at a time: leave out --all, --follow and --num-envs.", code=2)
-        if self.video and (Path(self.video).suffix != ".mp4" or not Path(self.video).parent.is_dir()):
+        if self.video is not None and (Path(self.video).suffix != ".mp4" or not Path(self.video).parent.is_dir()):
             fail(f"--video {self.video} cannot be written: it must be an .mp4 in a folder that exists.", code=2)
-        if self.json and (Path(self.json).is_dir() or not Path(self.json).parent.is_dir()):
+        if self.json is not None and (Path(self.json).is_dir() or not Path(self.json).parent.is_dir()):
             fail(f"--json {self.json} cannot be written: it must be a file in a folder that exists.", code=2)
         if self.json and not os.access(self.json if Path(self.json).exists() else Path(self.json).parent, os.W_OK):
             fail(f"--json {self.json} cannot be written: no permission.", code=2)

@@ -50,10 +50,14 @@ def running_mean(run, tag, window):
 
 def load(path, args):
     """Curves by name: (steps, values), each (T,)."""
+    if not path.exists():
+        sys.exit(f"plot.py: {path} does not exist.")
     if path.suffix != ".csv":
         return {path.resolve().name: running_mean(path, args.tag, args.window)}
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows or not {"run", "step", "value"} <= rows[0].keys():
+        sys.exit(f"plot.py: {path} has no curves: name run folders, or what --csv has written.")
     names = dict.fromkeys(row["run"] for row in rows)
     points = {name: [(float(row["step"]), float(row["value"])) for row in rows if row["run"] == name] for name in names}
     return {name: np.array(points[name]).T for name in names}
@@ -69,6 +73,8 @@ def save(curves, path):
 
 
 def main(args):
+    if args.window < 1 or args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.parent.is_dir():
+        sys.exit("plot.py: --window must be at least 1, and --out a .png, .svg or .pdf in a folder that exists.")
     curves = {}
     for path in args.runs:
         for name, curve in load(path, args).items():

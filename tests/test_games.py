@@ -326,6 +326,18 @@ def test_plot_keeps_curves_of_the_same_name_apart(tmp_path):
         plot.main(plot.Args([*runs, tmp_path / "c" / "b" / "1"], out=tmp_path / "x.png"))
 
 
+def test_plot_refuses_what_it_cannot_draw_in_one_sentence(tmp_path):
+    for run, flags, said in (
+        (ROOT / "benchmarks" / "cartpole.csv", {}, r"cartpole\.csv has no curves"),
+        (tmp_path / "none", {}, "does not exist"),
+        (tmp_path, {"window": 0}, "--window must be"),
+        (tmp_path, {"out": tmp_path / "none" / "x.png"}, "a folder that exists"),
+        (tmp_path, {"out": tmp_path / "x.txt"}, "and --out a .png"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            plot.main(plot.Args([run], **{"out": tmp_path / "x.png"} | flags))
+
+
 def test_seeds_does_not_take_one_script_for_another(tmp_path):
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "script.py").write_text("print('the original')")

@@ -16,6 +16,18 @@ import environments
 import export
 
 
+def test_a_weight_that_half_precision_cannot_hold_is_not_exported(tmp_path):
+    run_dir = train(ppo_cartpole, tmp_path, total_timesteps=256)
+    path = evaluate.find_checkpoint(run_dir)
+    checkpoint = evaluate.load_checkpoint(path)
+    name = max(checkpoint["model"], key=lambda name: checkpoint["model"][name].numel())
+    checkpoint["model"][name][0] = 1e5
+    torch.save(checkpoint, path)
+    with pytest.raises(SystemExit, match="too large for half precision"):
+        export.main(export.Args(run_dir, tmp_path / "policy.pt"))
+    assert not (tmp_path / "policy.pt").exists()
+
+
 def test_an_exported_policy_is_the_newest_of_its_run(tmp_path):
     run_dir, policy = train(ppo_cartpole, tmp_path, total_timesteps=512, save_freq=256), tmp_path / "policy.pt"
     export.main(export.Args(run_dir, policy))
