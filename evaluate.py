@@ -506,8 +506,9 @@ def follow(run_dir, args):
                 file, writer, known = open_scores(run_dir, args)
             source = find_script(load_checkpoint(path), path, args.script)
             checksum = hashlib.sha256(path.read_bytes() + source.read_bytes()).hexdigest()
-            if checksum in scores:  # best.pt, which came first, is a link to this checkpoint
-                scores[checksum]["checkpoint"] = str(path)
+            if checksum in scores:  # best.pt is a link to one of the checkpoints, and may come before or after it
+                if path != best_path:
+                    scores[checksum]["checkpoint"] = str(path)
                 continue
             is_new = checksum not in known
             if is_new:
