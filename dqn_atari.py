@@ -748,7 +748,7 @@ def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
     found = max(list_checkpoints(path), default=Path(path))
     if not found.is_file():
-        fail(f"{path} holds no checkpoint yet: name the folder of one run, or a .pt file.")
+        fail(f"{path} holds no checkpoint (yet): name the folder of one run, or a .pt file.")
     return found
 
 

@@ -144,7 +144,7 @@ def find_checkpoint(path):
     """The checkpoint that `path` names: a .pt itself, or the newest one of a run folder."""
     found = max(list_checkpoints(path), default=Path(path))
     if not found.is_file():
-        fail(f"{path} holds no checkpoint yet: name the folder of one run, or a .pt file.")
+        fail(f"{path} holds no checkpoint (yet): name the folder of one run, or a .pt file.")
     return found
 
 
@@ -189,7 +189,8 @@ def find_script(checkpoint, path, script):
 def load_script(checkpoint, path, script):
     """The module that wrote `checkpoint`."""
     script = find_script(checkpoint, path, script)
-    sys.path.insert(0, str(script.resolve().parent))  # an environment of one's own lies beside the script
+    if (folder := str(script.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)  # an environment of one's own lies beside the script
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
@@ -380,24 +381,24 @@ def report(result):
 def score_all(run_dir, args):
     """Score every checkpoint of a run, and write the curve to its eval/ folder."""
     earlier = list(run_dir.glob("eval/events.*"))  # of an earlier curve, which stays until this one is whole
-    results = []
+    results, whole = [], False
     try:
         writer = SummaryWriter(run_dir / "eval")
     except OSError as error:
         fail(f"{run_dir / 'eval'} cannot be written: {error.strerror}.")
-    paths = list_checkpoints(run_dir)
+    own = set(run_dir.glob("eval/events.*")) - set(earlier)
     try:
         with writer:
-            for path in paths:
+            for path in list_checkpoints(run_dir):
                 results.append(score(path, args))
                 report(results[-1])
                 writer.add_scalar("eval/episodic_return", results[-1]["mean_return"], results[-1]["global_step"])
                 writer.flush()
                 write_json(results, args)
+        whole = True
     finally:  # TensorBoard would mix the two curves: one of them goes, this one if it was cut short
-        for file in run_dir.glob("eval/events.*"):
-            if (file in earlier) == (len(results) == len(paths)):
-                file.unlink(missing_ok=True)  # another --all may have removed it
+        for file in earlier if whole else own if earlier else ():
+            file.unlink(missing_ok=True)  # another --all may have removed it
     print(f"Look at the curve: tensorboard --logdir {run_dir}")
 
 
@@ -438,13 +439,14 @@ def new_checkpoints(run_dir):
         time.sleep(1)
 
 
-def scoring_flags(args):
-    """The flags that a score depends on."""
-    return [args.episodes, args.seed, args.greedy, args.num_envs, args.script]
+def scoring_flags(args, source):
+    """What a score depends on, besides the checkpoint: flags, and the content of the training script."""
+    script = hashlib.sha256(source.read_bytes()).hexdigest()
+    return [args.episodes, args.seed, args.greedy, args.num_envs, args.script, script]
 
 
-def open_scores(run_dir, args):
-    """The file of results, the curve, and those results in the file that have the same flags: {checksum: result}."""
+def open_scores(run_dir, flags):
+    """The file of results, the curve, and those results in the file that have the same flags: {SHA-256: result}."""
     (run_dir / "eval").mkdir(exist_ok=True)
     file, known = open(run_dir / "eval" / "scores.jsonl", "a+"), {}
     try:
@@ -459,9 +461,11 @@ def open_scores(run_dir, args):
     for line in file:
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # a full disk cut it short
             result = json.loads(line)
-            if result.pop("flags") == scoring_flags(args):
+            if result.pop("flags") == flags:
                 known[result.pop("sha256")] = result
     writer = SummaryWriter(run_dir / "eval", purge_step=0)  # hides the earlier curve, which may be of other flags
+    for step, result in {result["global_step"]: result for result in known.values()}.items():
+        writer.add_scalar("eval/episodic_return", result["mean_return"], step)
     return file, writer, known
 
 
@@ -499,27 +503,22 @@ def lowest_priority():
 def follow(run_dir, args):
     """Score each checkpoint of a run as it comes, and keep the best. Returns the exit code."""
     print(f"Following {run_dir} until its run has ended. Ctrl-C stops it; the same command goes on.", flush=True)
-    best, best_path, code, scores = None, run_dir / "best.pt", 0, {}
+    best, best_path, code = None, run_dir / "best.pt", 0
     try:
         for path in new_checkpoints(run_dir):
             if best is None:  # only now: a folder that holds no run stays as it is
-                file, writer, known = open_scores(run_dir, args)
-            source = find_script(load_checkpoint(path), path, args.script)
-            checksum = hashlib.sha256(path.read_bytes() + source.read_bytes()).hexdigest()
-            if checksum in scores:  # best.pt is a link to one of the checkpoints, and may come before or after it
-                if path != best_path:
-                    scores[checksum]["checkpoint"] = str(path)
-                continue
-            is_new = checksum not in known
+                source = find_script(load_checkpoint(path), path, args.script)
+                file, writer, known = open_scores(run_dir, scoring_flags(args, source))
+            checksum = hashlib.sha256(path.read_bytes()).hexdigest()  # best.pt has the same as its checkpoint
+            result, is_new = known.get(checksum), checksum not in known
             if is_new:
-                known[checksum] = score(path, args)
-                report(known[checksum])
-                line = known[checksum] | {"sha256": checksum, "flags": scoring_flags(args)}
+                result = known[checksum] = score(path, args)
+                report(result)
+                line = result | {"sha256": checksum, "flags": scoring_flags(args, source)}
                 print(json.dumps(line), file=file, flush=True)
-            result = scores[checksum] = known[checksum] | {"checkpoint": str(path)}  # the run may have been moved
-            writer.add_scalar("eval/episodic_return", result["mean_return"], result["global_step"])
-            writer.flush()
-            write_json(list(scores.values()), args)
+                writer.add_scalar("eval/episodic_return", result["mean_return"], result["global_step"])
+                writer.flush()
+            write_json(list(known.values()), args)
             if best is None or result["mean_return"] > best["mean_return"]:
                 best = result
                 if path != best_path:
@@ -539,12 +538,12 @@ def follow(run_dir, args):
     flags = ["--episodes", args.episodes, "--seed", again.seed, *["--greedy"] * args.greedy, *["--cuda"] * args.cuda]
     flags += ["--script", args.script] * bool(args.script) + ["--num-envs", args.num_envs] * bool(args.num_envs)
     command = shlex.join(map(str, ["python", sys.argv[0], best_path, *flags]))
-    print(f"Best of {len(scores)}: {best['mean_return']:.2f} after {best['global_step']:,} steps, kept as {best_path}.")
+    print(f"Best of {len(known)}: {best['mean_return']:.2f} after {best['global_step']:,} steps, kept as {best_path}.")
     print(f"The best of many is scored too high. On fresh seeds: {command}", flush=True)
     if code == 0:
         fresh = score(best_path, again)
         report(fresh)
-        write_json([*scores.values(), fresh], args)
+        write_json([*known.values(), fresh], args)
     return code
 
 

@@ -30,7 +30,7 @@ def main(args):
     weights = checkpoint["model"].items()
     kept["model"] = {name: weight.half() if weight.numel() > 1000 else weight for name, weight in weights}
     if broken := [name for name, weight in kept["model"].items() if not weight.isfinite().all()]:
-        sys.exit(f"export.py: {broken[0]} has a weight too large for half precision (65,504), or none at all.")
+        sys.exit(f"export.py: {broken[0]} has a weight that is too large for half precision (65,504), or not a number.")
     torch.save(kept, args.policy)
     print(f"{args.policy}: {args.policy.stat().st_size / 1e6:.2f} MB. Score it: python evaluate.py {args.policy}")
 

@@ -6,15 +6,17 @@
 
 Runs one after the other, each as a user would type it; `seconds` is all of training, imports included. Each row is
 written as soon as its run has ended. More --seeds add to the rows of the same command and script; rows of another one
-are put aside in {csv}.old. A run that fails gets a row without a score.
+are put aside in {csv}.old. (That an environment of your own has not changed is not checked.) A run that fails gets a
+row without a score.
 
 --keep leaves the run folders: after a crash or Ctrl-C, the same command goes on where it was, if the script has not
-changed. (An environment of your own must not change either, which is not checked.) Of runs that were there before,
-`seconds` is empty, and commit and machine are those of the last command.
+changed, and does not repeat a seed whose score is in --csv. Of a run that was cut short, `seconds` is empty.
 """
 
+import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -71,8 +73,9 @@ def execute(command, **options):
     try:
         code = process.wait()
     finally:
-        process.kill()  # does nothing if it has ended
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if code == 2:  # so would they be with every seed
         sys.exit(f"seeds.py: {Path(command[0]).name} refuses its flags.")
     if code:
@@ -126,33 +129,36 @@ def one_run(args, seed, folder):
     return row | {"truncated": score["truncated"]}
 
 
-def read_rows(args, header, about):
-    """The rows that --csv has already, by seed. What another command or script wrote is put aside."""
-    try:
-        with open(args.csv, "a+", newline="") as file:  # made here, to see before the runs that it can be written
-            file.seek(0)
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        sys.exit(f"seeds.py: --csv {args.csv} cannot be written: {error.strerror}.")
+def read_rows(path, header, about):
+    """The rows of a CSV file by seed, and whether they are of this command and script, with these flags."""
+    with open(path, "a+", newline="") as file:
+        file.seek(0)
+        rows = list(csv.DictReader(file))
     same = ("command", "script", "episodes", "greedy")
-    if any(list(row) != header or any(row[x] != str(about[x]) for x in same) for row in rows):
-        old = args.csv.with_name(f"{args.csv.name}.old")
-        print(f"{args.csv} has rows of another command or script: they are in {old} now.", flush=True)
-        args.csv.replace(old)
-        return {}
-    return {int(row["seed"]): row for row in rows}
+    ours = all(list(row) == header and all(row[x] == str(about[x]) for x in same) for row in rows)
+    return {row["seed"]: row for row in rows}, ours
 
 
-def write_rows(args, header, rows):
-    """All rows, in the order of their seeds."""
-    with open(args.csv, "w", newline="") as file:
+def add_row(path, header, row):
+    """Put a row among those that the file has by now, in the order of their seeds. Other commands' are put aside."""
+    rows, ours = read_rows(path, header, row)
+    if not ours:
+        names = (path.with_name(f"{path.name}.old{i or ''}") for i in itertools.count())
+        old = next(name for name in names if not name.exists())
+        os.replace(path, old)
+        print(f"{path} had rows of another command, script or flags: they are in {old} now.", flush=True)
+        rows = {}
+    rows[str(row["seed"])] = row
+    with open(path.with_name(f"{path.name}.tmp"), "w", newline="") as file:
         writer = csv.DictWriter(file, header)
         writer.writeheader()
-        writer.writerows(rows[seed] for seed in sorted(rows))
+        writer.writerows(rows[seed] for seed in sorted(rows, key=int))
+    os.replace(file.name, path)
+    return rows
 
 
 def summary(rows, thresholds):
-    """Print what the seeds have in common. Ends with exit code 1 if one has failed."""
+    """Print what the seeds have in common."""
     scores = [float(row["mean_return"]) for row in rows if row.get("mean_return") not in (None, "")]
     if len(scores) > 1:
         mean, std = np.mean(scores), np.std(scores, ddof=1)
@@ -160,12 +166,10 @@ def summary(rows, thresholds):
     for threshold in thresholds:
         steps = [float(row.get(f"steps_to_{threshold:.9g}") or np.inf) for row in rows]
         print(f"{threshold:.9g} reached after {np.median(steps):,.0f} steps (median), {max(steps):,.0f} at most")
-    if len(scores) < len(rows):
-        sys.exit(f"seeds.py: {len(rows) - len(scores)} of {len(rows)} seeds failed.")
 
 
 def check(args):
-    """Refuse what would be seen only after a training. Makes --script a file that exists."""
+    """Refuse what would be seen only after a training, and find --script."""
     flags = f"{args.flags} {args.then}".replace("_", "-")  # --run_dir is --run-dir, too
     for flag in ("--seed", "--run-dir", "--resume"):
         if re.search(rf"{flag}(?![\w-])", flags):
@@ -175,7 +179,7 @@ def check(args):
     except ValueError as error:
         sys.exit(f"seeds.py: --flags or --then cannot be read: {error}.")
     if not args.seeds or len(set(args.seeds)) < len(args.seeds) or args.episodes < 1:
-        sys.exit("seeds.py: give at least one of --seeds, each once, and --episodes 1.")
+        sys.exit("seeds.py: give at least one of --seeds, each once, and --episodes of at least 1.")
     name, args.script = args.script, args.script if args.script.is_file() else ROOT / args.script
     if not args.script.is_file():
         sys.exit(f"seeds.py: --script {name} is neither in this folder nor in {ROOT}.")
@@ -193,12 +197,19 @@ def main(args):
     times = [f"{what}_to_{threshold:.9g}" for threshold in args.threshold for what in ("steps", "seconds")]
     header = ["env_id", "seed", "steps", "seconds", *times, "mean_return", "std_return", "human_normalized"]
     header += ["min_return", "truncated", *about]
-    rows = read_rows(args, header, about) if args.csv else {}
+    rows, failed = {}, []
+    if args.csv:
+        try:  # before the runs, to see that it can be written
+            before, ours = read_rows(args.csv, header, about)
+        except OSError as error:
+            sys.exit(f"seeds.py: --csv {args.csv} cannot be written: {error.strerror}.")
+        rows = before if ours else {}
 
     def stop(number, frame):
         kept = "the runs that ended are in --csv" if args.csv else "nothing is kept"
         kept = "the same command goes on" if args.keep else kept
-        print(f"\nseeds.py: stopped; {kept}.", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"\nseeds.py: stopped; {kept}.", file=sys.stderr, flush=True)
         sys.exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
@@ -207,16 +218,22 @@ def main(args):
     print(about, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
+            if args.keep and rows.get(str(seed), {}).get("mean_return"):
+                print(f"seed {seed} is in {args.csv}", flush=True)
+                continue
             try:
                 row = one_run(args, seed, args.keep or folder)
             except RuntimeError as error:
                 print(f"seeds.py: seed {seed} failed: {error}", file=sys.stderr, flush=True)
                 row = {"seed": seed}
-            rows[seed] = row | about
+                failed.append(seed)
             print(row, flush=True)
+            rows[str(seed)] = row | about
             if args.csv:
-                write_rows(args, header, rows)
+                rows = add_row(args.csv, header, row | about)
     summary(rows.values(), args.threshold)
+    if failed:
+        sys.exit(f"seeds.py: {len(failed)} of {len(args.seeds)} seeds failed.")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ Flags that tune.py does not have go to the script: they are the defaults that th
 trains with seeds 1001, 1002, ... in turn, and scores each final policy with evaluate.py. Where even its best mean so
 far is below the median of the trials that got all seeds, it gets no further one. A choice that got all seeds is not
 trained again. The best of many trials was lucky, so its score is too high: the best flags and the defaults are trained
-anew, with seeds 1, 2, ... The same command again continues its study; after a change of the script, or of a module
-beside it, it begins another. Another machine that shares the folder can run it at the same time.
+anew, with seeds 1, 2, ... The same command again continues its study; after a change of the script, or of an
+environment beside it, it begins another. Another machine that shares the folder can run it at the same time.
 """
 
 import contextlib
@@ -47,6 +47,7 @@ FIRST_SEED = 1001  # of the search; the comparison counts from 1
 COMPLETE = optuna.trial.TrialState.COMPLETE
 FIXED = {"seed", "run_dir", "resume"}  # flags that each run gets from here
 stopping, children = threading.Event(), set()  # Ctrl-C sets the one and ends the others
+waiting = threading.Event()  # for another process, with no child that could be ended
 
 
 @dataclass
@@ -89,12 +90,12 @@ def parse_space(text, module, defaults):
 
 
 def stop(number, frame):
-    """Ctrl-C, SIGTERM or SIGHUP: kill -9 all runs. Started again, each repeats what it would have done."""
+    """Ctrl-C, SIGTERM or SIGHUP: kill -9 all runs, or end the waiting. Started again, a run repeats what it did."""
     signal.signal(number, signal.SIG_DFL)  # a second one ends this program at once
     stopping.set()
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(2, b"\nStopping. The same command goes on from here.\n")  # print is not reentrant
-    if not children:  # it waits for another process, say
+    if waiting.is_set():
         raise SystemExit(130)
     for process in list(children):
         with contextlib.suppress(ProcessLookupError):
@@ -147,8 +148,8 @@ def run_trial(trial, args, flags, space, out):
     """What Optuna maximizes: the mean score over seeds."""
     params, scores = {name: draw(trial) for name, draw in space.items()}, []
     tried = [old for old in trial.study.get_trials(states=(COMPLETE,)) if old.params == params]
-    number = (tried or [trial])[0]
-    folder = out / f"trial_{number.user_attrs.get('again', number.number)}"  # of its first attempt
+    first = (tried or [trial])[0]  # a choice that got all seeds has all its scores
+    folder = out / f"trial_{first.user_attrs.get('again', first.number)}"  # of its first attempt
     try:
         for i in range(args.seeds):
             scores.append(score_of(args, flags, params, FIRST_SEED + i, folder))
@@ -173,7 +174,9 @@ def wait_for(lock, kind):
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         print("Waiting for another process, which works on this study, too.", flush=True)
+        waiting.set()
         fcntl.flock(lock, kind)
+        waiting.clear()
 
 
 def search(study, args, flags, space, out, lock):
@@ -230,8 +233,9 @@ def main(args, flags):
     defaults = tyro.cli(module.Args, prog=args.script.name, args=flags)  # refuses what the script would
     space = dict(parse_space(text, module, defaults) for text in args.space)
     files = [Path(x.__file__) for x in [*sys.modules.values()] if getattr(x, "__file__", None)]
-    beside = sorted(x.resolve() for x in files if x.resolve().parent == args.script.resolve().parent and x.is_file())
-    sources = [x.read_text() for x in beside]  # of the script, and of an environment of one's own
+    beside = {x.resolve() for x in files if x.resolve().parent == args.script.resolve().parent and x.is_file()}
+    beside = sorted(beside - {Path(evaluate.__file__).resolve()})  # the script, and what it has imported by now
+    sources = [hashlib.sha256(x.read_bytes()).hexdigest() for x in beside]
     what = json.dumps([sources, flags, sorted(args.space), args.seeds, args.episodes])
     out = Path(f"runs/tune__{args.script.stem}__{hashlib.sha256(what.encode()).hexdigest()[:8]}")
     out.mkdir(parents=True, exist_ok=True)

@@ -274,6 +274,26 @@ def test_a_curve_stays_until_the_next_one_is_whole(run_dir, capsys):
     assert [event.step for event in curve] == [256, 512, 768]  # and nothing of the one that was cut short
 
 
+def test_a_first_curve_that_is_cut_short_stays_and_so_do_those_of_others(run_dir, monkeypatch):
+    other, score, scored = run_dir / "eval" / "events.out.tfevents.other", evaluate.score, []
+
+    def interrupted(path, args):
+        scored.append(path)
+        if len(scored) in (3, 6):
+            other.touch()  # by another process
+            raise KeyboardInterrupt
+        return score(path, args)
+
+    monkeypatch.setattr(evaluate, "score", interrupted)
+    for points in ([256, 512], [256, 512]):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main(evaluate.Args(str(run_dir), episodes=2, all=True))
+        assert other.exists()
+        other.unlink()
+        curve = EventAccumulator(str(run_dir / "eval")).Reload().Scalars("eval/episodic_return")
+        assert [event.step for event in curve] == points
+
+
 def test_with_all_the_json_has_what_was_scored_before_something_failed(run_dir, tmp_path):
     evaluate.list_checkpoints(run_dir)[-1].write_bytes(b"damaged")
     with pytest.raises(SystemExit):
@@ -429,8 +449,9 @@ def test_pictures_that_nobody_could_play_are_refused(picture, tmp_path, capsys):
     assert "need pictures from the environment's render()" in capsys.readouterr().err
 
 
-def test_an_environment_is_found_beside_the_script(tmp_path):
+def test_an_environment_is_found_beside_the_script(tmp_path, monkeypatch):
     """Before one of the same name elsewhere: training found that one, too."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "lab").mkdir()
     script = shutil.copy(ROOT / "ppo_cartpole.py", tmp_path / "lab" / "my_idea.py")
     for folder, reward in ((tmp_path / "lab", 3.0), (tmp_path, 5.0)):

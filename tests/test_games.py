@@ -174,22 +174,73 @@ def test_a_seed_that_fails_is_reported_and_costs_no_other_one(tmp_path, monkeypa
         games.main(games.Args([file]))
 
 
-def test_seeds_adds_to_the_rows_of_its_command_and_puts_others_aside(tmp_path, monkeypatch, capsys):
+def test_seeds_adds_to_the_rows_of_its_command(tmp_path, monkeypatch, capsys):
+    file, scores = tmp_path / "x.csv", dict.fromkeys(range(1, 5), 40.0)
+    ran = stub_runs(monkeypatch, scores)
+    seeds.main(seeds.Args(PPO_CARTPOLE, [1, 2], csv=file))
+    scores[2] = 50.0
+    seeds.main(seeds.Args(PPO_CARTPOLE, [2, 3], csv=file))
+    assert read(file, "seed", "mean_return") == [("1", "40.0"), ("2", "50.0"), ("3", "40.0")]
+    assert "43.33 ± 5.77 over 3 seeds" in capsys.readouterr().out
+    seeds.main(seeds.Args(PPO_CARTPOLE, [1, 4], csv=file, keep=tmp_path))  # goes on: what has a score is not repeated
+    assert ran == [1, 2, 2, 3, 4]
+
+
+def test_rows_that_another_process_adds_meanwhile_stay(tmp_path, monkeypatch):
+    file = tmp_path / "x.csv"
+    stub_runs(monkeypatch, {1: 40.0, 2: 40.0, 9: 40.0})
+    one_run = seeds.one_run
+
+    def beside(args, seed, folder):
+        if seed == 2:
+            seeds.main(seeds.Args(PPO_CARTPOLE, [9], csv=file))
+        return one_run(args, seed, folder)
+
+    monkeypatch.setattr(seeds, "one_run", beside)
+    seeds.main(seeds.Args(PPO_CARTPOLE, [1, 2], csv=file))
+    assert read(file, "seed") == [("1",), ("2",), ("9",)]
+
+
+def test_rows_survive_a_write_that_fails(tmp_path, monkeypatch):
+    file = tmp_path / "x.csv"
+    stub_runs(monkeypatch, {1: 40.0, 2: 40.0})
+    seeds.main(seeds.Args(PPO_CARTPOLE, [1], csv=file))
+
+    def full_disk(*_):
+        raise OSError
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", full_disk)
+    with pytest.raises(OSError):
+        seeds.main(seeds.Args(PPO_CARTPOLE, [2], csv=file))
+    assert read(file, "seed") == [("1",)]
+
+
+@pytest.mark.parametrize("changed", ["script", "flags", "greedy", "episodes", "threshold"])
+def test_rows_of_another_command_are_put_aside_when_the_first_row_is_written(changed, tmp_path, monkeypatch, capsys):
     script, file, scores = tmp_path / "mine.py", tmp_path / "x.csv", dict.fromkeys(range(1, 5), 40.0)
     script.write_text("1")
     stub_runs(monkeypatch, scores)
-    seeds.main(seeds.Args(script, [1, 2], csv=file))
-    scores[2] = 50.0
-    seeds.main(seeds.Args(script, [2, 3], csv=file))
-    assert read(file, "seed", "mean_return") == [("1", "40.0"), ("2", "50.0"), ("3", "40.0")]
-    assert "43.33 ± 5.77 over 3 seeds" in capsys.readouterr().out
-    script.write_text("2")
-    for changed in ({}, {"flags": "--gamma 0.9"}, {"greedy": True}, {"episodes": 9}, {"threshold": [475]}):
-        kept = file.read_text()
-        seeds.main(seeds.Args(script, [4], csv=file, **changed))
+    seeds.main(seeds.Args(script, [1], csv=file))
+    kept, other = file.read_text(), {"flags": "--gamma 0.9", "greedy": True, "episodes": 9, "threshold": [475]}
+    if changed == "script":
+        script.write_text("2")
+    args = seeds.Args(script, [4], csv=file, **({changed: other[changed]} if changed in other else {}))
+    run, scores[4] = seeds.one_run, 40.0
+
+    def refused(*_):
+        sys.exit("the flags are wrong")
+
+    monkeypatch.setattr(seeds, "one_run", refused)
+    with pytest.raises(SystemExit):
+        seeds.main(args)
+    assert file.read_text() == kept
+    monkeypatch.setattr(seeds, "one_run", run)
+    for name in ("x.csv.old", "x.csv.old1"):
+        seeds.main(args)
         assert read(file, "seed") == [("4",)]
-        assert (tmp_path / "x.csv.old").read_text() == kept
-        assert "rows of another command or script" in capsys.readouterr().out
+        assert (tmp_path / name).read_text() == kept
+        assert "had rows of another command" in capsys.readouterr().out
+        file.write_text(kept)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -198,7 +249,12 @@ def test_a_signal_ends_the_training_too_and_the_same_command_goes_on(name, tmp_p
     sleeper = tmp_path / "sleeper.py"
     sleeper.write_text("import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(60)")
     command = [sys.executable, ROOT / "benchmarks" / "seeds.py", "--script", sleeper.name, "--keep", "kept"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def heed():  # also where the tests run under nohup
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+    process = subprocess.Popen(command, cwd=tmp_path, preexec_fn=heed, **pipes)
     try:
         while not (tmp_path / "pid").exists() or not (pid := (tmp_path / "pid").read_text()):
             assert process.poll() is None, process.stderr.read()
@@ -264,7 +320,7 @@ def test_seeds_refuses_what_it_would_lose_before_it_trains(tmp_path, monkeypatch
         ({"flags": "--exp-name 'my"}, "cannot be read: No closing quotation"),
         ({"seeds": [1, 2, 1]}, "each once"),
         ({"seeds": []}, "at least one"),
-        ({"episodes": 0}, "--episodes 1"),
+        ({"episodes": 0}, "--episodes of at least 1"),
         ({"script": tmp_path / "none.py"}, "none.py is neither"),
     ):
         with pytest.raises(SystemExit, match=said):

@@ -330,7 +330,7 @@ def test_an_empty_resume_is_no_new_run(script, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, message = refuse(SCRIPTS[script], ["--resume", ""], monkeypatch, capsys)
     assert code == 1
-    assert "holds no checkpoint yet" in message
+    assert "holds no checkpoint (yet)" in message
 
 
 def test_resume_refuses_another_environment_and_another_script(tmp_path, monkeypatch, capsys):

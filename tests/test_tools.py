@@ -23,7 +23,7 @@ def test_a_weight_that_half_precision_cannot_hold_is_not_exported(tmp_path):
     name = max(checkpoint["model"], key=lambda name: checkpoint["model"][name].numel())
     checkpoint["model"][name][0] = 1e5
     torch.save(checkpoint, path)
-    with pytest.raises(SystemExit, match="too large for half precision"):
+    with pytest.raises(SystemExit, match="is too large for half precision"):
         export.main(export.Args(run_dir, tmp_path / "policy.pt"))
     assert not (tmp_path / "policy.pt").exists()
 
