@@ -16,7 +16,7 @@
     python ppo_atari.py --env-id PongNoFrameskip-v4
     python evaluate.py runs/<run>
 
-Measured over 100 games, trained on CPUs with --bf16: Breakout 406 ± 1 (2 seeds; the other defaults); Pong 19.6 ± 1.4 (3
+Measured over 100 games, trained on CPUs with --bf16: Breakout 406 ± 1 (2 seeds; the other defaults); Pong 19.7 ± 1.1 (3
 seeds; 2 million steps in an hour, by the two commands in benchmarks/README.md). A step is one action for 4 frames.
 
 Hyperparameters are the Atari defaults of openai/baselines. Like baselines, this file adds to the paper: orthogonal
