@@ -392,10 +392,12 @@ def score_all(run_dir, args):
             for path in list_checkpoints(run_dir):
                 results.append(score(path, args))
                 report(results[-1])
+                write_json(results, args)
                 writer.add_scalar("eval/episodic_return", results[-1]["mean_return"], results[-1]["global_step"])
                 writer.flush()
-                write_json(results, args)
         whole = True
+    except OSError as error:
+        fail(f"{run_dir / 'eval'} cannot be written: {error.strerror}.")
     finally:  # TensorBoard would mix the two curves: one of them goes, this one if it was cut short
         for file in earlier if whole else own if earlier else ():
             file.unlink(missing_ok=True)  # another --all may have removed it

@@ -294,6 +294,17 @@ def test_a_first_curve_that_is_cut_short_stays_and_so_do_those_of_others(run_dir
         assert [event.step for event in curve] == points
 
 
+def test_with_all_a_disk_that_is_full_costs_no_score(run_dir, tmp_path, monkeypatch, capsys):
+    def full(writer):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate.SummaryWriter, "flush", full)
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(str(run_dir), episodes=2, all=True, json=str(tmp_path / "scores.json")))
+    assert "eval cannot be written: No space left on device." in capsys.readouterr().err
+    assert [one["global_step"] for one in json.loads((tmp_path / "scores.json").read_text())] == [256]
+
+
 def test_with_all_the_json_has_what_was_scored_before_something_failed(run_dir, tmp_path):
     evaluate.list_checkpoints(run_dir)[-1].write_bytes(b"damaged")
     with pytest.raises(SystemExit):
