@@ -7,13 +7,14 @@ A change is some flags, or an edit of the source (a text that stands in ppo_cart
 it). Each final policy is scored over 100 greedy episodes.
 """
 
+import contextlib
 import csv
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from seeds import first_reached, score_of
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["OMP_NUM_THREADS"] = "1"  # of each training and each evaluation
 CHANGES = {  # name: flags, or (text of the script, what replaces it)
     "as it is": "",
     "truncated episodes taken for terminated ones": (
@@ -60,11 +62,24 @@ class Args:
     only: list[str] = field(default_factory=lambda: list(CHANGES))  # names of changes; all, if not given
     seeds: list[int] = field(default_factory=lambda: list(range(1, 6)))  # of each change
     jobs: int = 1  # runs side by side, each on one thread
-    csv: str | None = None  # write a row per run here
+    csv: Path | None = None  # write a row here as soon as a run has ended
 
     def __post_init__(self):
         if unknown := set(self.only) - set(CHANGES):
             sys.exit(f"ablations.py: --only {sorted(unknown)[0]!r} is none of: {', '.join(CHANGES)}.")
+        if self.csv and not self.csv.parent.is_dir():
+            sys.exit(f"ablations.py: --csv {self.csv} must be in a folder that exists.")
+
+
+@contextlib.contextmanager
+def workers(jobs):
+    """A pool of `jobs` threads. An error or Ctrl-C ends it without the calls that still wait."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def train(script, flags, change, seed, folder):
@@ -78,7 +93,7 @@ def train(script, flags, change, seed, folder):
     (folder / script).write_text(source)
     command = [sys.executable, folder / script, "--seed", str(seed), "--run-dir", folder / "run"]
     command += [*shlex.split(flags), *shlex.split(change)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True)
     return folder / "run", done.stderr.strip().splitlines()[-1] if done.returncode else None
 
 
@@ -86,7 +101,7 @@ def one_run(name, seed):
     """Train with one change, score the final policy; returns the CSV row as a dict."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir, error = train("ppo_cartpole.py", "", CHANGES[name], seed, Path(folder) / "copy")
-        if error:  # NaN ended it, which is a result
+        if error:  # as when NaN ended it, which is a result
             return {"change": name, "seed": seed, "error": error}
         score = score_of(run_dir, ROOT / "ppo_cartpole.py", episodes=100, greedy=True)
         step, _ = first_reached(run_dir, threshold=475)
@@ -94,21 +109,26 @@ def one_run(name, seed):
 
 
 def main(args):
-    with ThreadPoolExecutor(args.jobs) as pool:
+    rows = []
+    with workers(args.jobs) as pool, open(args.csv or os.devnull, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["change", "seed", "mean_return", "steps_to_475", "error"])
+        writer.writeheader()
         runs = [pool.submit(one_run, name, seed) for name in args.only for seed in args.seeds]
-        rows = [run.result() for run in tqdm(runs, unit=" runs", mininterval=10)]
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["change", "seed", "mean_return", "steps_to_475", "error"])
-            writer.writeheader()
-            writer.writerows(rows)
+        for run in tqdm(as_completed(runs), total=len(runs), unit=" runs", mininterval=10):
+            rows.append(run.result())
+            writer.writerow(rows[-1])
+            file.flush()
+            if "error" in rows[-1]:
+                tqdm.write("{change}, seed {seed}: {error}".format(**rows[-1]), file=sys.stderr)
     print("| change | return: mean, lowest | runs that reached 475, after (median) |\n|---|---|---|")
     for name in args.only:
         own = [row for row in rows if row["change"] == name]
         scores = [row["mean_return"] for row in own if "mean_return" in row]
         steps = [row["steps_to_475"] for row in own if row.get("steps_to_475")]
         median = f", {np.median(steps):,.0f} steps" if steps else ""
-        returns = f"{np.mean(scores):.1f}, {min(scores):.1f}" if scores else "none: NaN"
+        returns = f"{np.mean(scores):.1f}, {min(scores):.1f}" if scores else "none"
+        if failed := len(own) - len(scores):
+            returns += f"; {failed} failed"
         print(f"| {name} | {returns} | {len(steps)} of {len(own)}{median} |")
 
 

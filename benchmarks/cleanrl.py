@@ -30,6 +30,8 @@ gym.register_envs(ale_py)
 gym.vector.SyncVectorEnv = SyncVectorEnv
 gym.wrappers.GrayScaleObservation = gym.wrappers.GrayscaleObservation
 gym.wrappers.FrameStack = gym.wrappers.FrameStackObservation
+if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
+    sys.exit(__doc__)
 script = Path(sys.argv[1]).resolve()
 sys.path.insert(0, str(script.parents[1]))  # cleanrl_utils
 sys.argv = sys.argv[1:]

@@ -10,6 +10,7 @@ test looks it up there, compares the sizes with the defaults, and plays the exam
 from pathlib import Path
 
 import matplotlib
+import tyro
 
 matplotlib.use("Agg")  # draws into files, also where there is no display
 from matplotlib import pyplot
@@ -195,6 +196,10 @@ def save(figure, name):
     picture.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(OUT / name, optimize=True)
 
 
-if __name__ == "__main__":
+def main():
     save(draw_data_flow(), "data_flow.png")
     save(draw_ring_buffer(), "ring_buffer.png")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

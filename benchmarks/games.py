@@ -17,9 +17,7 @@ import matplotlib
 import numpy as np
 import plot
 import tyro
-
-matplotlib.use("Agg")  # draws into files, also where there is no display
-from matplotlib import pyplot
+from plot import pyplot
 
 
 @dataclass
@@ -79,6 +77,10 @@ def draw(files, games, out):
 
 def main(args):
     games = []
+    if not args.files or not all(path.is_file() for path in args.files):
+        sys.exit("games.py: name files of seeds.py that exist.")
+    if args.out and (args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.parent.is_dir()):
+        sys.exit("games.py: --out must be a .png, .svg or .pdf in a folder that exists.")
     for path in args.files:
         with open(path, newline="") as file:
             games.append(list(csv.DictReader(file)))

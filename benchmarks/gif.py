@@ -4,7 +4,7 @@
     python evaluate.py runs/<run> --episodes 1 --video film.mp4
     python benchmarks/gif.py film.mp4 film.gif --start 20 --seconds 10
 
-It shows 15 pictures a second in at most 32 colors.
+It shows about 15 pictures a second in at most 32 colors.
 """
 
 import sys
@@ -28,7 +28,7 @@ class Args:
 def main(args):
     film = cv2.VideoCapture(str(args.film))
     fps = film.get(cv2.CAP_PROP_FPS)
-    if not fps:
+    if not film.isOpened():
         sys.exit(f"gif.py: {args.film} is no film that OpenCV can read.")
     film.set(cv2.CAP_PROP_POS_FRAMES, int(args.start * fps))
     step = max(1, round(fps / 15))  # browsers show a GIF at up to 50 pictures a second, but 15 are enough
@@ -41,7 +41,10 @@ def main(args):
             picture = Image.fromarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB))
             size = [round(length * args.scale) for length in picture.size]
             pictures.append(picture.resize(size, Image.Resampling.NEAREST).quantize(32))
-    pictures[0].save(args.gif, save_all=True, append_images=pictures[1:], duration=1000 * step / fps, loop=0)
+    if not pictures:
+        sys.exit(f"gif.py: {args.film} has no pictures from {args.start} s on, for {args.seconds} s.")
+    duration = round(100 * step / fps) * 10  # milliseconds of a picture: a GIF counts hundredths of a second
+    pictures[0].save(args.gif, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
     print(f"{args.gif}: {len(pictures)} pictures, {args.gif.stat().st_size / 1000:.0f} kB")
 
 

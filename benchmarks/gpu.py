@@ -8,7 +8,8 @@ Each result is written to results/gpu.csv as soon as it is there, and results/gp
 the minutes are over, the same command again does what is missing, and goes on learning where it was; with --retry, it
 also tries again what failed. --peer adds the speed of other programs that write charts/SPS:
 
-    python benchmarks/gpu.py --peer "/path/to/cleanrl/ppo_atari.py --env-id PongNoFrameskip-v4"
+    python benchmarks/gpu.py \\
+        --peer "benchmarks/cleanrl.py /path/to/cleanrl/cleanrl/ppo_atari.py --env-id PongNoFrameskip-v4"
 
 It needs gymnasium, ale-py, numpy, torch, tyro, tensorboard, tqdm, opencv-python and psutil.
 """
@@ -22,7 +23,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +40,7 @@ import psutil
 import torch
 import torch._dynamo  # here, once: whatever has an optimizer imports it, and takes seconds
 import tyro
+from seeds import commit
 from seeds import machine as processor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -350,12 +351,8 @@ def machine(device):
         return {"GPU": "failed: PyTorch finds no GPU. --device cpu tries out this program without one"}
     name = torch.cuda.get_device_name() if device == "cuda" else "none"
     versions = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, Python {platform.python_version()}"
-    commit = "unknown"
-    with contextlib.suppress(OSError):  # there may be no git
-        git = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip() or commit
     about = {"GPU": name, "processor": processor(), "versions": versions}
-    return about | {"commit": commit}
+    return about | {"commit": commit()}
 
 
 class Task(NamedTuple):
@@ -435,12 +432,16 @@ def run_task(task, pipe, log):
         pipe.send(task.function(*task.arguments))
     except BaseException as error:  # SystemExit: a script refused its flags
         traceback.print_exc()
-        reason = " ".join(str(error).split())[-200:].replace("|", "/")
+        reason = "see log.txt" if isinstance(error, SystemExit) else " ".join(str(error).split())[-200:]
+        reason = reason.replace("|", "/")
         pipe.send({task.column: f"failed: {type(error).__name__}: {reason}"})
 
 
 def attempt(task, log, until):
-    """Run a task in a process; what it found, or None if the time ran out."""
+    """Run a task in a process; what it found, or None if the time ran out.
+
+    KeyboardInterrupt: its `args` have what a run that learns has found until then.
+    """
     context = multiprocessing.get_context("fork")  # this process has not touched the GPU; imports need no repeating
     ours, theirs = context.Pipe()
     process = context.Process(target=run_task, args=(task, theirs, log))
@@ -451,8 +452,11 @@ def attempt(task, log, until):
     except EOFError:
         process.join()
         return {task.column: f"failed: exit code {process.exitcode}"}
-    except KeyboardInterrupt:
-        process.join(20)  # a run that learns saves
+    except KeyboardInterrupt as stop:
+        process.terminate()  # makes a run that learns save
+        with contextlib.suppress(EOFError):
+            if task.part == "Learning" and ours.poll(20):
+                stop.args = (ours.recv(),)
         raise
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -475,7 +479,12 @@ def main(args, start=None):
         if results.is_done(task, args.retry):
             return
         print(f"{task.part}: {task.row}, {task.column}", end=": ", flush=True)
-        found = None if time.time() > deadline else attempt(task, log, min(until, deadline))
+        try:
+            found = None if time.time() > deadline else attempt(task, log, min(until, deadline))
+        except KeyboardInterrupt as stop:
+            if stop.args and not stop.args[0][task.column].startswith("failed"):
+                results.add(task, *stop.args)
+            raise
         if found is None and time.time() >= deadline:
             end("the minutes are over. The same command does the rest.")
         found = found or {task.column: "failed: it took too long"}
@@ -505,6 +514,7 @@ def main(args, start=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(tyro.cli(Args, description=__doc__), psutil.Process().create_time())  # importing takes time, too
     except KeyboardInterrupt:

@@ -5,8 +5,8 @@
     python benchmarks/growth.py steps                  # seconds and memory of ever longer runs
     python benchmarks/growth.py evaluation runs/<run>  # evaluate.py, with 1 to 32 environments
 
-Each prints a table; with --out NAME it also writes NAME.csv and draws NAME.png. The replay buffer's own is
-replay_buffer.py; for two processes against one, give speed.py a command with torchrun.
+Each prints a table; with --out NAME it also writes NAME.csv and draws NAME.png. replay_buffer.py measures the replay
+buffer. For two processes against one, give speed.py a command with torchrun.
 """
 
 import contextlib
@@ -20,16 +20,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib
 import tyro
 from clock import Clock
+from plot import pyplot
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ppo_atari
-
-matplotlib.use("Agg")  # draws into files, also where there is no display
-from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,53 +59,60 @@ def save(rows, out, x, panels, lines=None):
     figure.savefig(f"{out}.png", dpi=100)
 
 
-def games(
-    env_id: str = "PongNoFrameskip-v4",
-    num_steps: int = 32,
-    updates: int = 4,
-    cuda: bool = False,
-    out: Path | None = None,
-):
-    """Train for some `updates` of `num_steps` steps per game, of which the first does not count, and time the parts."""
-    clock = Clock(cuda)
+def games(out: Path | None = None):
+    """Learn Pong, for 4 updates of 32 steps per game. Time the parts from the end of the first update on."""
+    num_steps, updates, calls, total = 32, 4, 0, 0.0
+    clock = Clock(cuda=False)
     clock.time("environment", ppo_atari.AtariGames, "step")
     clock.time("network, to act", ppo_atari.Agent, "forward")
     clock.time("update", ppo_atari, "ppo_update")
     update = ppo_atari.ppo_update
 
-    def first_update(*args, **kwargs):
-        ppo_atari.ppo_update = update
-        result = update(*args, **kwargs)
-        clock.start()
+    def update_and_count(*args, **kwargs):
+        nonlocal calls, total
+        result, calls = update(*args, **kwargs), calls + 1
+        if calls == updates:
+            total = clock.stop()
+        elif calls == 1:
+            clock.start()
         return result
 
+    ppo_atari.ppo_update = update_and_count
     rows = []
     for num_envs in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        ppo_atari.ppo_update = first_update
-        steps = num_envs * num_steps
+        steps, calls = num_envs * num_steps, 0
         with tempfile.TemporaryDirectory() as folder:
             sizes = dict(num_envs=num_envs, num_steps=num_steps, total_timesteps=updates * steps)
             with contextlib.redirect_stdout(sys.stderr):
-                ppo_atari.train(ppo_atari.Args(env_id=env_id, cuda=cuda, run_dir=f"{folder}/run", **sizes))
-        total = clock.stop()
+                pong = ppo_atari.Args(env_id="PongNoFrameskip-v4", cuda=False, run_dir=f"{folder}/run", **sizes)
+                if ppo_atari.train(pong) != 0:
+                    sys.exit("growth.py: stopped.")
         row = {"games": num_envs, "steps/s": round((updates - 1) * steps / total)}
         for part in ("environment", "network, to act", "update"):
             row[f"{part}, %"] = round(100 * clock.seconds[part] / total)
-        row["peak memory, GB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+        row["peak memory, GB"] = gigabytes(resource.getrusage(resource.RUSAGE_SELF))
         rows.append(row)
         show(rows)
     if out:
         save(rows, out, "games", ["steps/s", "update, %", "peak memory, GB"])
 
 
+def gigabytes(usage):
+    """Peak memory. Linux counts in kibibytes; of a child, no less than its parent had when it started it."""
+    return round(usage.ru_maxrss * 1024 / 1e9, 2)
+
+
 def measure(command, folder):
-    """Seconds and peak memory in GB of a command and the processes that it starts."""
+    """Seconds and peak memory in GB of a command."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"growth.py: this command failed: {' '.join(map(str, command))}")
-    return round(time.perf_counter() - start, 1), round(usage.ru_maxrss / 1e6, 2)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if status:
+            output.seek(0)
+            sys.exit(f"growth.py: this command failed: {' '.join(map(str, command))}\n{output.read()[-2000:]}")
+    return round(seconds, 1), gigabytes(usage)
 
 
 def steps(out: Path | None = None):

@@ -1,13 +1,15 @@
 """How near does a training script come to the most that any such program could do on this machine?
 
     python benchmarks/limit.py ppo_atari.py --no-cuda --bf16
-    python benchmarks/limit.py dqn_atari.py --no-cuda --learning-starts 2000 --total-timesteps 200000
-    python benchmarks/limit.py ppo_cartpole.py --total-timesteps 1000000
+    python benchmarks/limit.py dqn_atari.py --no-cuda --learning-starts 2000 --total-timesteps 200000 \\
+        --buffer-size 20000
+    python benchmarks/limit.py ppo_cartpole.py --total-timesteps 1000000 --target-kl None
 
 The limit is the work that no such program can do without, and nothing else: steps of the environments, forward passes
 to choose actions, and gradient steps. The bare network does them on data that is already there: float or bfloat16, in
 its memory format, its weights converted beforehand. Nothing is compiled. No sampling, storing, loss, or log. The script
-and the limit take turns of one update each (DQN: 1,000 steps) in one process. Leave the machine alone meanwhile.
+and the limit take turns of one update each (DQN: 1,000 steps) in one process. PPO's --target-kl would end some updates
+of the script early, but none of the limit. Leave the machine alone meanwhile.
 """
 
 import contextlib
@@ -19,11 +21,13 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
 from clock import Clock
+from speed import quartiles
 from torch import nn
 from tqdm import tqdm
 
@@ -34,7 +38,8 @@ PARTS = ["environments", "network, to act", "gradient steps"]  # of the limit; a
 
 @dataclass
 class Args:
-    script: tyro.conf.Positional[Path]  # one of the three training scripts; flags that are not listed here go to it
+    # flags that are not listed here go to the script
+    script: tyro.conf.Positional[Literal["ppo_cartpole.py", "ppo_atari.py", "dqn_atari.py"]]
     turns: int = 12  # of the script and of the limit, that count
     warmup: int = 2  # turns that do not count
 
@@ -138,15 +143,12 @@ def measure(module, args, turns, warmup, bar=None):
             clock.time(part, owner, name)
         undo.callback(setattr, module, "make_envs", make_envs)
         undo.callback(setattr, module.Run, "log", log)
+        undo.callback(setattr, module.Run, "end", module.Run.end)
         module.make_envs, module.Run.log = make_timed_envs, log_and_take_turns
+        module.Run.end = lambda run: run.bar.close()  # which would tell how to resume a run that is soon gone
         clock.start()
         module.train(replace(args, run_dir=f"{folder}/run"))
     return rows[warmup:]
-
-
-def quartiles(values, digits):
-    low, middle, high = (f"{x:,.{digits}f}" for x in np.percentile(values, [25, 50, 75]))
-    return f"{middle} ({low} to {high})"
 
 
 def report(rows):
@@ -168,7 +170,7 @@ def report(rows):
 
 def main():
     arguments, flags = tyro.cli(Args, description=__doc__, return_unknown_args=True)
-    module = importlib.import_module(arguments.script.stem)
+    module = importlib.import_module(Path(arguments.script).stem)
     args = tyro.cli(module.Args, args=flags)
     module.check_args(args)
     bar = tqdm(total=arguments.warmup + arguments.turns, unit=" turns", file=sys.stderr)
@@ -180,8 +182,11 @@ def main():
         sys.exit(output.getvalue())
     bar.close()
     if len(rows) < arguments.turns:
-        sys.exit(f"limit.py: {arguments.script} ended before its turns did: give it more --total-timesteps.")
-    print(f"{arguments.script.name} {' '.join(flags)}, {torch.get_num_threads()} threads")
+        advice = "stopped, or too few --total-timesteps"
+        print(f"limit.py: {len(rows)} of {arguments.turns} turns: {advice}.", file=sys.stderr)
+    if not rows:
+        sys.exit(1)
+    print(f"{arguments.script} {' '.join(flags)}, {torch.get_num_threads()} threads")
     print(*report(rows), sep="\n")
 
 

@@ -11,6 +11,7 @@ again when the runs are gone.
 """
 
 import csv
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,8 @@ def save(curves, path):
 
 
 def main(args):
+    if not args.runs or (args.csv and not args.csv.parent.is_dir()):
+        sys.exit("plot.py: name at least one run, and --csv in a folder that exists.")
     if args.window < 1 or args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.parent.is_dir():
         sys.exit("plot.py: --window must be at least 1, and --out a .png, .svg or .pdf in a folder that exists.")
     curves = {}
@@ -92,13 +95,16 @@ def main(args):
         values = np.stack([np.interp(grid, *curve) for curve in curves.values()])  # (runs, 300)
         picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
         low, high = np.percentile(values[picks].mean(1), [2.5, 97.5], axis=0)
-        axes.plot(grid, values.mean(0), label=f"mean of {len(values)} runs, 95% interval")
+        interval = ", 95% interval" if len(values) > 1 else ""
+        axes.plot(grid, values.mean(0), label=f"mean of {len(values)} runs{interval}")
         axes.fill_between(grid, low, high, alpha=0.3)
     else:
         for name, curve in curves.items():
             axes.plot(*curve, label=name)
     for i, line in enumerate(args.lines):
         name, _, value = line.rpartition("=")
+        if not re.fullmatch(r"-?\d+(\.\d+)?", value):
+            sys.exit(f'plot.py: --lines takes "name=value", not "{line}".')
         color = f"C{i + (1 if args.mean else len(curves))}"  # the next that no curve has
         axes.axhline(float(value), linestyle="--", linewidth=1, color=color, label=name)
     axes.set(xlabel="steps", ylabel=f"{args.tag}, mean of {args.window}", title=args.title)

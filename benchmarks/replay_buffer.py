@@ -62,7 +62,8 @@ def fill_buffer(capacity: int = 1_000_000, spare: int = 500_000, num_envs: int =
                 print(f"memory {held('RssAnon'):.2f} GB, and {held('RssFile'):.2f} GB of files", flush=True)
                 last, start = row, time.perf_counter()
         buffer.state_dict()  # which waits for the disk
-        print(f"{time.perf_counter() - start:.1f} s until all of it is on the disk")
+        if not plain:
+            print(f"{time.perf_counter() - start:.1f} s until all of it is on the disk")
 
 
 if __name__ == "__main__":

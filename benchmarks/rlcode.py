@@ -13,6 +13,8 @@ from pathlib import Path
 import gymnasium as gym
 from torch.utils.tensorboard import SummaryWriter
 
+if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
+    sys.exit(__doc__)
 script = Path(sys.argv[1]).resolve()
 writer = SummaryWriter("runs/rlcode")
 
@@ -37,5 +39,8 @@ else:
     count(gym.wrappers.FrameStackObservation, steps=1, every=100)
 sys.path.insert(0, str(script.parent))
 sys.argv = sys.argv[1:]
-source = script.read_text().replace("LEARN_START = 80_000 ", "LEARN_START = 1_000 ")
+source, start = script.read_text(), "LEARN_START = 80_000 "
+if "ppo" not in script.name and source.count(start) != 1:
+    sys.exit(f"rlcode.py: {script} does not hold this text exactly once: {start}")
+source = source.replace(start, "LEARN_START = 1_000 ")
 exec(compile(source, script, "exec"), {"__name__": "__main__"})

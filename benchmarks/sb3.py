@@ -59,7 +59,7 @@ def dqn(
     learning_starts: int = 1_000,
     exploration_fraction: float = 0.1,
 ):
-    """Train with the defaults of dqn_atari.py, but one game, and a buffer that fits in memory."""
+    """Train with the defaults of dqn_atari.py, but one game, a buffer that fits in memory, and an early start."""
     envs = VecFrameStack(make_atari_env(env_id, n_envs=1, seed=1), 4)
     settings = dict(buffer_size=buffer_size, learning_starts=learning_starts, batch_size=32, learning_rate=1e-4)
     settings |= dict(train_freq=4, gradient_steps=1, target_update_interval=1000)
@@ -85,6 +85,8 @@ def score(checkpoint: tyro.conf.Positional[str], episodes: int = 100, greedy: bo
     envs.close()
     torch.manual_seed(seed)
     env_id = saved["args"]["env_id"]
+    if saved["script"] == "ppo_cartpole":
+        sys.exit(f"sb3.py: {env_id} is not an Atari game.")
     kwargs = {} if "NoFrameskip" in env_id else dict(frameskip=1)  # its wrapper skips 3 of 4 frames itself
     envs = VecTransposeImage(VecFrameStack(make_atari_env(env_id, min(8, episodes), seed, env_kwargs=kwargs), 4))
     returns, _ = evaluate_policy(Policy(agent), envs, episodes, greedy, return_episode_rewards=True)

@@ -97,6 +97,14 @@ def machine():
     return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
 
 
+def commit():
+    """The checked-out commit, with -dirty where files have changed."""
+    with contextlib.suppress(OSError):  # there may be no git
+        git = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"
+
+
 def one_run(args, seed, folder):
     """Train with `seed` in `folder`, evaluate; returns the CSV row as a dict. RuntimeError: one of these failed."""
     run_dir = Path(folder) / str(seed)
@@ -189,9 +197,8 @@ def main(args):
     then = "" if args.then is None else f"; --resume {args.then}"
     command = f"{args.script} {args.flags}{then}".strip()
     check(args)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     about = {"episodes": args.episodes, "greedy": args.greedy, "command": command}
-    about |= {"script": hashlib.sha256(args.script.read_bytes()).hexdigest()[:8], "commit": commit.stdout.strip()}
+    about |= {"script": hashlib.sha256(args.script.read_bytes()).hexdigest()[:8], "commit": commit()}
     about |= {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     about |= {"machine": machine()}
     times = [f"{what}_to_{threshold:.9g}" for threshold in args.threshold for what in ("steps", "seconds")]

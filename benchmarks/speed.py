@@ -5,8 +5,8 @@
 
 A machine's speed changes from minute to minute, so the commands take turns: each runs for --seconds while the others
 are stopped (SIGSTOP; not on Windows), and the ratios are those of turns that are neighbors in time. Each command runs
-in an empty folder. The clock is that of its TensorBoard events: any program that writes charts/SPS can be compared. It
-must last for all its turns; what is left of it then is ended. Leave the machine alone meanwhile.
+in an empty folder. The clock is that of its TensorBoard events: any program that writes charts/SPS can be compared.
+Each command must last for all its turns. Afterwards it is killed. Leave the machine alone meanwhile.
 """
 
 import contextlib
@@ -76,23 +76,32 @@ class Run:
         return begin, time.time()
 
     def rates(self):
-        """Steps per second of each turn: from the first to the last point that the command logged in it."""
-        events = []
+        """Steps per second of each turn: from the first to the last point that the command logged in it.
+
+        RuntimeError: there are not enough points.
+        """
+        events, deadline = [], time.monotonic() + 180
         while not events or events[-1].wall_time < self.turns[-1][1]:
             ended = self.turn(5) is None  # TensorBoard's writer holds events back for up to two minutes
-            (file,) = self.folder.rglob("events.*")
-            curves = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-            events = curves.Scalars("charts/SPS") if "charts/SPS" in curves.Tags()["scalars"] else []
-            if ended:
+            for file in self.folder.rglob("events.*"):
+                curves = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+                events = curves.Scalars("charts/SPS") if "charts/SPS" in curves.Tags()["scalars"] else events
+            if ended or time.monotonic() > deadline:
                 break
         rates = []
         for begin, end in self.turns:
             points = [event for event in events if begin <= event.wall_time <= end]
             if len(points) < 2:
-                sys.exit(f"speed.py: fewer than two points in a turn, take more --seconds: {self.command}")
+                raise RuntimeError("fewer than two points of charts/SPS in a turn; take more --seconds")
             first, last = points[0], points[-1]
             rates.append((last.step - first.step) / (last.wall_time - first.wall_time))
         return rates
+
+    def end(self, reason):
+        """Kill it, and say why, with what it wrote last."""
+        self.signal(signal.SIGKILL)
+        output = (self.folder / "output.txt").read_text()[-2000:]
+        print(f"left out, {reason}: {self.command}\n{output}", file=sys.stderr, flush=True)
 
 
 def quartiles(values, digits):
@@ -101,6 +110,8 @@ def quartiles(values, digits):
 
 
 def main(args):
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, lambda *_: sys.exit(143))  # or the commands, in groups of their own, would go on
     with contextlib.ExitStack() as stack:
         runs = []
         for i, command in enumerate(args.commands):
@@ -114,16 +125,21 @@ def main(args):
                 continue
             turn = run.turn(seconds)
             if turn is None:
-                if run is runs[0]:
-                    sys.exit(f"speed.py: ended before its turns did: {run.command}")
                 runs.remove(run)
-                output = (run.folder / "output.txt").read_text()[-2000:]
-                print(f"left out, as it ended too early: {run.command}\n{output}", file=sys.stderr)
+                run.end("as it ended before its turns did")
             elif counts:
                 run.turns.append(turn)
             bar.update(seconds)
         bar.close()
-        rates = np.array([run.rates() for run in runs])  # (commands, rounds)
+        rates = []  # (commands, rounds)
+        for run in runs[:]:
+            try:
+                rates.append(np.array(run.rates()))
+            except RuntimeError as error:
+                runs.remove(run)
+                run.end(error)
+    if not runs:
+        sys.exit("speed.py: no command that can be measured.")
     print("steps/s: median (quartiles) of the turns; GB: the most at the end of a turn; then, how many times as fast")
     for i, (run, rate) in enumerate(zip(runs, rates, strict=True)):
         print(f"{quartiles(rate, 1)} steps/s, {run.memory / 1e9:.2f} GB: {run.command}")

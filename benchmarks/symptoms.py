@@ -6,19 +6,16 @@
 Seed 1 where no other is given: pictures of what a symptom looks like, not measurements of how often it comes.
 """
 
+import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
 import tyro
-from ablations import train
-from plot import running_mean
+from ablations import train, workers
+from plot import pyplot, running_mean
 from tqdm import tqdm
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 RETURN, KL, ENTROPY = "charts/episodic_return", "losses/approx_kl", "losses/entropy"
 PONG = "--env-id PongNoFrameskip-v4 --total-timesteps 16000 --learning-starts 2000 --buffer-size 10000 --no-cuda "
@@ -69,6 +66,10 @@ class Args:
     out: Path = Path("runs/symptoms")  # folder for the pictures
     jobs: int = 1  # runs side by side, each on one thread
 
+    def __post_init__(self):
+        if unknown := set(self.only) - set(CASES):
+            sys.exit(f"symptoms.py: --only {sorted(unknown)[0]!r} is none of: {', '.join(CASES)}.")
+
 
 def draw(name, healthy, broken, tags, out):
     figure, panels = pyplot.subplots(1, len(tags), figsize=(4 * len(tags), 2.8), layout="constrained")
@@ -89,7 +90,7 @@ def draw(name, healthy, broken, tags, out):
 
 def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder, workers(args.jobs) as pool:
         runs = {}  # (script, flags, what is broken) -> a run's folder, once it is there
         for name in args.only:
             script, flags, broken, _ = CASES[name]

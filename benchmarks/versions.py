@@ -5,8 +5,8 @@
 
 speed.py compares programs of any origin in turns of many seconds, between which the machine may change by more than a
 few percent. Here each version waits in a call of the environment until it is its turn, and its turn ends --calls calls
-later: take as many as the script has between two updates. Ratios are those of turns that are neighbors in time, of the
-clock and of the processor's time, which the machine's other guests disturb less. Leave the machine alone meanwhile.
+later: take as many as the script has between two updates. Each turn is compared with its neighbor, by the clock and by
+processor time, which other guests of the machine disturb less. Leave the machine alone meanwhile.
 """
 
 import multiprocessing
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from ale_py.vector_env import AtariVectorEnv
+from speed import quartiles
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,17 +64,12 @@ def turn(pipe):
     return pipe.recv()
 
 
-def quartiles(values):
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
-
-
 def main(args):
+    if not args.versions:
+        sys.exit("versions.py: name at least two versions.")
     context = multiprocessing.get_context("spawn")
-    pipes = []
-    bar = tqdm(
-        total=len(args.versions) * (args.warmup + args.rounds), bar_format="{percentage:3.0f}%: {remaining} left"
-    )
+    pipes, total = [], len(args.versions) * (args.warmup + args.rounds)
+    bar = tqdm(total=total, bar_format="{percentage:3.0f}%: {remaining} left")
     for version in args.versions:
         ours, theirs = context.Pipe()
         context.Process(target=play, args=(shlex.split(version), args.calls, theirs), daemon=True).start()
@@ -92,7 +88,8 @@ def main(args):
     print("median (quartiles): seconds of a turn, and how many times as fast the first is, by the clock | by processor")
     for i, version in enumerate(args.versions):
         ratios = seconds[:, i] / seconds[:, 0]
-        print(f"{quartiles(seconds[:, i, 0])} s, {quartiles(ratios[:, 0])} | {quartiles(ratios[:, 1])}  {version}")
+        clock, processor = (quartiles(ratios[:, k], 3) for k in (0, 1))
+        print(f"{quartiles(seconds[:, i, 0], 3)} s, {clock} | {processor}  {version}")
 
 
 if __name__ == "__main__":
@@ -102,3 +99,8 @@ if __name__ == "__main__":
             main(tyro.cli(Args, description=__doc__))
     except EOFError:
         sys.exit("versions.py: a script has ended before its turns had: run it by itself to see why, or let it last.")
+    except KeyboardInterrupt:
+        sys.exit("versions.py: stopped.")
+    finally:
+        for process in multiprocessing.active_children():  # SIGTERM, which Python would send, only makes them save
+            process.kill()
