@@ -590,7 +590,7 @@ class Run:
                     x.load_state_dict(self.checkpoint[name])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its folder wrote it.")
+            fail(f"the checkpoint does not fit script, flags or environment ({reason}); see script.py in its folder.")
         args, running = self.args, self.rank == 0 and not self.finished()
         if running:
             (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))

@@ -21,7 +21,8 @@
 
 A checkpoint names the script that wrote it, which builds environments and agent. The script must lie beside this
 file or be given with --script, and define Args, Agent(envs, args) with act(obs, greedy), and make_envs(args, num_envs,
-seed, training, render): a vector environment in SAME_STEP mode, with unclipped rewards where training=False.
+seed, training, render): a vector environment in SAME_STEP mode, reset with `seed`, with unclipped rewards where
+training=False.
 """
 
 import contextlib
@@ -45,6 +46,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.vector import AutoresetMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -201,22 +203,38 @@ def load_script(checkpoint, path, script):
     return module
 
 
+@contextlib.contextmanager
+def must_fit(path, module):
+    """Ends the program where the checkpoint at `path` does not fit what `module` has by now."""
+    try:
+        yield
+    except (TypeError, RuntimeError, AttributeError) as error:
+        ran = find_source(path)
+        other = ran and not ran.samefile(module.__file__)
+        hint = f"try --script {ran}" if other else "give the one that ran with --script"
+        reason = " ".join(str(error).split())[:300]
+        fail(f"{path} does not fit {module.__file__}, or the environment ({reason}). If the script was edited, {hint}.")
+
+
 def rebuild(path, args, num_envs):
     """Returns the checkpoint, and the environments and the agent built from it."""
     checkpoint = load_checkpoint(path)
     module = load_script(checkpoint, path, args.script)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    try:
+    with must_fit(path, module):
         script_args = module.Args(**checkpoint["args"])
-        render = {"render": True} if args.render or args.video else {}
+    render = {"render": True} if args.render or args.video else {}
+    try:
         envs = module.make_envs(script_args, num_envs, spread_seed(2, args.seed), training=False, **render)
+    except TypeError as error:
+        if "render" in str(error):
+            fail(f"--render and --video need an environment that can be made with render_mode='rgb_array': {error}.")
+        raise
+    if envs.metadata.get("autoreset_mode", AutoresetMode.SAME_STEP) != AutoresetMode.SAME_STEP:
+        fail(f"{module.__file__} must make environments in SAME_STEP mode.")
+    with must_fit(path, module):
         agent = module.Agent(envs, script_args).to(device)
         agent.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError, AttributeError) as error:
-        ran = find_source(path)
-        other = ran and not ran.samefile(module.__file__)
-        hint = f"if it was edited since, try --script {ran}" if other else "give the one that ran with --script"
-        fail(f"{path} does not fit {module.__file__} ({' '.join(str(error).split())[:300]}); {hint}.")
     if broken := [name for name, weights in agent.state_dict().items() if not weights.isfinite().all()]:
         fail(f"{path} holds weights that are not finite, in {broken[0]}: it cannot play.")
     return checkpoint, envs, agent.eval()
@@ -298,6 +316,8 @@ def play(envs, agent, episodes, greedy, bar, screen=None):
         obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
         episode_return += rewards
         episode_length += 1
+        if episode_length.max() == 30_000:  # longer than any Atari game
+            say_once("An episode has lasted 30,000 steps: if it cannot end, register it with max_episode_steps.")
         for i in np.flatnonzero(terminated | truncated):
             if to_play[i]:
                 to_play[i] -= 1
@@ -320,13 +340,24 @@ def mean_interval(returns):
 
 def human_normalized(env_id, score):
     """0 for random play, 1 for a human; None where nobody published the two."""
-    game = gym.registry[env_id].kwargs.get("game") if env_id in gym.registry else None
+    spec = gym.registry.get(env_id)
+    game = spec.kwargs.get("game") if spec and str(spec.entry_point).startswith("ale_py") else None  # not MinAtar's
     if game not in RANDOM_AND_HUMAN:
         return None
     random, human = RANDOM_AND_HUMAN[game]
     return (score - random) / (human - random)
 
 
+@contextlib.contextmanager
+def environment_errors():
+    """Lets an OSError of the environment, as of a lost connection, not pass for one of the disk."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError("the environment failed") from error
+
+
+@environment_errors()
 def score(path, args):
     """Play --episodes episodes with the checkpoint at `path`; returns all that --json writes."""
     watched = args.render or args.video
@@ -338,7 +369,7 @@ def score(path, args):
     where = "the GPU" if next(agent.parameters()).is_cuda else "the CPU (no GPU)" if args.cuda else "the CPU"
     episodes = f"{args.episodes} episode{'s' * (args.episodes > 1)}"
     print(f"{path}: {env_id} after {step:,} steps, {episodes}, {how}, on {where}", flush=True)
-    screen = Screen(args.render, args.video, envs.metadata.get("render_fps", 30)) if watched else None
+    screen = Screen(args.render, args.video, envs.metadata.get("render_fps") or 30) if watched else None
     with tqdm(total=args.episodes, unit="episode", disable=None, leave=False) as bar:  # None: only at a terminal
         try:
             returns, lengths, truncated = play(envs, agent, args.episodes, args.greedy, bar, screen)

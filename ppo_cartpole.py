@@ -345,9 +345,9 @@ def make_envs(args, num_envs, seed, training, render=False):
     try:
         envs = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
     except (gym.error.Error, ImportError) as error:
-        close = [] if args.env_id in gym.registry else difflib.get_close_matches(args.env_id, gym.registry)
-        hint = f" Close: {', '.join(close)}." if close else ""
-        fail(f"--env-id {args.env_id} cannot be made: {(str(error) or '?').splitlines()[0]}{hint}", code=2)
+        name, reason = args.env_id.rpartition(":")[2], (str(error) or "?").splitlines()[0]
+        close = ", ".join([] if name in gym.registry else difflib.get_close_matches(name, gym.registry))
+        fail(f"--env-id {args.env_id} cannot be made: {reason}{f' Close: {close}.' if close else ''}", code=2)
     obs, actions = envs.single_observation_space, envs.single_action_space
     vectors = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1
     if not (vectors and isinstance(actions, gym.spaces.Discrete) and actions.start == 0):
@@ -470,7 +470,7 @@ class Run:
                     x.load_state_dict(self.checkpoint[name])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            fail(f"the checkpoint does not fit this script or its flags ({reason}); script.py in its folder wrote it.")
+            fail(f"the checkpoint does not fit script, flags or environment ({reason}); see script.py in its folder.")
         args, running = self.args, self.rank == 0 and not self.finished()
         if running:
             (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2))

@@ -617,9 +617,9 @@ def test_other_formats_and_foreign_files_are_refused(checkpoint_file, tmp_path, 
 @pytest.mark.parametrize(
     ("part", "content", "reason"),
     [
-        ("optimizer", {}, "does not fit this script or its flags (KeyError: 'param_groups')"),
-        ("optimizer", 3, "does not fit this script or its flags (AttributeError: "),
-        ("model", {"a": torch.ones(1)}, "does not fit this script or its flags (RuntimeError: Error(s) in loading"),
+        ("optimizer", {}, "does not fit script, flags or environment (KeyError: 'param_groups')"),
+        ("optimizer", 3, "does not fit script, flags or environment (AttributeError: "),
+        ("model", {"a": torch.ones(1)}, "does not fit script, flags or environment (RuntimeError: Error(s) in loading"),
         ("args", {"no_such": 1}, "was written by ppo_cartpole.py with other flags than this script has"),
     ],
 )

@@ -17,8 +17,9 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT, SCRIPTS, SHORT, run, train
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
-from probes import PROBES, InFrames, TruncatedEndless
+from probes import PROBES, InFrames, RewardFromAction, TruncatedEndless
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -219,10 +220,13 @@ def test_a_single_episode_has_no_interval(run_dir, tmp_path):
     assert (result["ci95"], result["std_return"], result["num_envs"]) == (None, None, 1)
 
 
-def test_human_normalized_score():
+def test_human_normalized_score(monkeypatch):
     assert evaluate.human_normalized("BreakoutNoFrameskip-v4", 30.5) == pytest.approx(1)
     assert evaluate.human_normalized("ALE/Pong-v5", -20.7) == pytest.approx(0)
     assert evaluate.human_normalized("CartPole-v1", 500) is None
+    minatar = EnvSpec("MinAtar/Breakout-v1", entry_point="minatar.gym:BaseEnv", kwargs={"game": "breakout"})
+    monkeypatch.setitem(gym.registry, "MinAtar/Breakout-v1", minatar)  # another game of the same name
+    assert evaluate.human_normalized("MinAtar/Breakout-v1", 17) is None
     assert len(evaluate.RANDOM_AND_HUMAN) == 57
 
 
@@ -547,6 +551,66 @@ def test_without_a_display_render_says_so(run_dir, tmp_path, monkeypatch):
     done = run("evaluate.py", run_dir, "--render", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == "evaluate.py: --render needs a display, and found none; --video FILE.mp4 works without.\n"
+
+
+class Broken(RewardFromAction):
+    """Since it was trained, it has been edited: it fails, or has other actions."""
+
+    fault, num_actions = None, 2
+
+    def __init__(self):  # cannot be rendered
+        super().__init__()
+        self.action_space = gym.spaces.Discrete(self.num_actions)
+
+    def reset(self, *, seed=None, options=None):
+        if self.fault:
+            raise self.fault
+        return super().reset(seed=seed)
+
+
+@pytest.fixture
+def broken_run(tmp_path, monkeypatch):
+    """A run of an environment that is then edited."""
+    monkeypatch.setitem(gym.registry, "Broken-v0", EnvSpec("Broken-v0", entry_point=Broken, max_episode_steps=5))
+    return train(ppo_cartpole, tmp_path, env_id="Broken-v0", total_timesteps=256)
+
+
+def test_an_environment_that_is_another_by_now_is_refused_with_a_sentence(broken_run, monkeypatch, capsys):
+    monkeypatch.setattr(Broken, "num_actions", 3)
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(str(broken_run)))
+    assert "does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [{}, {"all": True}, {"follow": True}])
+@pytest.mark.parametrize("fault", [TypeError("mine"), RuntimeError("mine"), ConnectionRefusedError("mine")])
+def test_an_error_of_the_environment_is_not_blamed_on_script_or_disk(mode, fault, broken_run, monkeypatch):
+    monkeypatch.setattr(Broken, "fault", fault)
+    with pytest.raises((TypeError, RuntimeError)) as error:
+        evaluate.main(evaluate.Args(str(broken_run), **mode))
+    assert fault in (error.value, error.value.__cause__)
+
+
+def test_an_environment_that_cannot_be_rendered_is_refused_with_a_sentence(broken_run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(str(broken_run), episodes=1, video=str(tmp_path / "film.mp4")))
+    assert "need an environment that can be made with render_mode='rgb_array'" in capsys.readouterr().err
+
+
+def test_environments_that_reset_at_the_next_step_are_refused(run_dir, tmp_path, capsys):
+    script = tmp_path / "next_step.py"
+    script.write_text((ROOT / "ppo_cartpole.py").read_text().replace("Mode.SAME_STEP", "Mode.NEXT_STEP"))
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Args(str(run_dir), script=str(script)))
+    assert "must make environments in SAME_STEP mode" in capsys.readouterr().err
+
+
+def test_an_episode_that_does_not_end_is_noticed(capsys):
+    evaluate.say_once.cache_clear()
+    hare, steps = Hare(), iter(range(30_001))
+    hare.step = lambda actions: (np.zeros((2, 1)), np.ones(2), np.full(2, next(steps) == 30_000), np.zeros(2, bool), {})
+    evaluate.play(hare, Idle(1, 1).double(), 2, True, tqdm(disable=True))
+    assert capsys.readouterr().err.count("An episode has lasted 30,000 steps") == 1
 
 
 @pytest.mark.parametrize("flags", [{}, {"all": True}])

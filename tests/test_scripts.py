@@ -171,6 +171,19 @@ def test_actions_that_do_not_begin_at_0_are_refused(monkeypatch, capsys, tmp_pat
     assert "from 0" in message
 
 
+def test_an_environment_that_cannot_be_made_is_not_advised_instead_of_itself(monkeypatch, capsys, tmp_path):
+    (tmp_path / "needs_module.py").write_text(
+        "import gymnasium as gym\ngym.register('Needs-v0', lambda: __import__('not_there'))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for env_id, close in (("needs_module:Needs-v0", ""), ("needs_module:CartPol-v1", " Close: CartPole-v1")):
+        code, message = refuse(ppo_cartpole, ["--env-id", env_id], monkeypatch, capsys)
+        assert code == 2
+        assert ("No module named 'not_there'" if close == "" else close) in message
+        assert ("Close" in message) == bool(close)
+
+
 def test_no_time_limit_is_none_that_a_checkpoint_could_cut(capsys):
     ppo_cartpole.check_args(ppo_cartpole.Args(env_id=PROBES["ConstantReward"], save_freq=1000))
     assert capsys.readouterr().err == ""
