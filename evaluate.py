@@ -209,11 +209,17 @@ def must_fit(path, module):
     try:
         yield
     except (TypeError, RuntimeError, AttributeError) as error:
-        ran = find_source(path)
-        other = ran and not ran.samefile(module.__file__)
-        hint = f"try --script {ran}" if other else "give the one that ran with --script"
         reason = " ".join(str(error).split())[:300]
-        fail(f"{path} does not fit {module.__file__}, or the environment ({reason}). If the script was edited, {hint}.")
+        fail(f"{path} does not fit {module.__file__}, or the environment ({reason}); --script takes the one that ran.")
+
+
+@contextlib.contextmanager
+def environment_errors():
+    """Lets an OSError of the environment, as of a lost connection, not pass for one of the disk."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(f"the environment failed: {error!r}") from error
 
 
 def rebuild(path, args, num_envs):
@@ -225,10 +231,11 @@ def rebuild(path, args, num_envs):
         script_args = module.Args(**checkpoint["args"])
     render = {"render": True} if args.render or args.video else {}
     try:
-        envs = module.make_envs(script_args, num_envs, spread_seed(2, args.seed), training=False, **render)
+        with environment_errors():
+            envs = module.make_envs(script_args, num_envs, spread_seed(2, args.seed), training=False, **render)
     except TypeError as error:
-        if "render" in str(error):
-            fail(f"--render and --video need an environment that can be made with render_mode='rgb_array': {error}.")
+        if render and "render" in str(error):
+            fail(f"--render and --video need make_envs(..., render) and environments with render_mode: {error}.")
         raise
     if envs.metadata.get("autoreset_mode", AutoresetMode.SAME_STEP) != AutoresetMode.SAME_STEP:
         fail(f"{module.__file__} must make environments in SAME_STEP mode.")
@@ -348,16 +355,6 @@ def human_normalized(env_id, score):
     return (score - random) / (human - random)
 
 
-@contextlib.contextmanager
-def environment_errors():
-    """Lets an OSError of the environment, as of a lost connection, not pass for one of the disk."""
-    try:
-        yield
-    except OSError as error:
-        raise RuntimeError("the environment failed") from error
-
-
-@environment_errors()
 def score(path, args):
     """Play --episodes episodes with the checkpoint at `path`; returns all that --json writes."""
     watched = args.render or args.video
@@ -372,8 +369,10 @@ def score(path, args):
     screen = Screen(args.render, args.video, envs.metadata.get("render_fps") or 30) if watched else None
     with tqdm(total=args.episodes, unit="episode", disable=None, leave=False) as bar:  # None: only at a terminal
         try:
-            returns, lengths, truncated = play(envs, agent, args.episodes, args.greedy, bar, screen)
+            with environment_errors():
+                returns, lengths, truncated = play(envs, agent, args.episodes, args.greedy, bar, screen)
         finally:
+            bar.close()
             if screen:
                 screen.close()
     envs.close()

@@ -62,7 +62,7 @@ class Args:
     only: list[str] = field(default_factory=lambda: list(CHANGES))  # names of changes; all, if not given
     seeds: list[int] = field(default_factory=lambda: list(range(1, 6)))  # of each change
     jobs: int = 1  # runs side by side, each on one thread
-    csv: Path | None = None  # write a row here as soon as a run has ended
+    csv: Path | None = None  # write a row per run here; until the last has ended, they are in {csv}.part
 
     def __post_init__(self):
         if unknown := set(self.only) - set(CHANGES):
@@ -109,8 +109,8 @@ def one_run(name, seed):
 
 
 def main(args):
-    rows = []
-    with workers(args.jobs) as pool, open(args.csv or os.devnull, "w", newline="") as file:
+    rows, part = [], f"{args.csv}.part" if args.csv else os.devnull
+    with workers(args.jobs) as pool, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, ["change", "seed", "mean_return", "steps_to_475", "error"])
         writer.writeheader()
         runs = [pool.submit(one_run, name, seed) for name in args.only for seed in args.seeds]
@@ -120,6 +120,8 @@ def main(args):
             file.flush()
             if "error" in rows[-1]:
                 tqdm.write("{change}, seed {seed}: {error}".format(**rows[-1]), file=sys.stderr)
+    if args.csv:
+        os.replace(part, args.csv)
     print("| change | return: mean, lowest | runs that reached 475, after (median) |\n|---|---|---|")
     for name in args.only:
         own = [row for row in rows if row["change"] == name]
@@ -133,4 +135,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit("ablations.py: stopped.")

@@ -31,7 +31,7 @@ gym.vector.SyncVectorEnv = SyncVectorEnv
 gym.wrappers.GrayScaleObservation = gym.wrappers.GrayscaleObservation
 gym.wrappers.FrameStack = gym.wrappers.FrameStackObservation
 if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
-    sys.exit(__doc__)
+    sys.exit("cleanrl.py: the first argument must be a script, as in its docstring.")
 script = Path(sys.argv[1]).resolve()
 sys.path.insert(0, str(script.parents[1]))  # cleanrl_utils
 sys.argv = sys.argv[1:]

@@ -323,7 +323,7 @@ def learn(env_id, target, settings, device, folder, deadline, earlier):
 
     earlier: minutes of training before this call.
     """
-    start, found = time.time(), {}
+    start, found = time.time(), {"done": "not yet"}
     args = ppo_atari.Args(env_id=env_id, cuda=device == "cuda", run_dir=str(folder / env_id), **settings)
     log = ppo_atari.Run.log
 

@@ -38,6 +38,12 @@ def show(rows):
     print(f"| {' | '.join(f'{x:,}' if isinstance(x, int) else str(x) for x in rows[-1].values())} |", flush=True)
 
 
+def check(out):
+    """Refuse a place that cannot be written before the work, not after it."""
+    if out and not out.parent.is_dir():
+        sys.exit(f"growth.py: --out {out} must be in a folder that exists.")
+
+
 def save(rows, out, x, panels, lines=None):
     """Write `rows` to out.csv and draw out.png, a panel for each column of `panels`, a line per value of `lines`."""
     with open(f"{out}.csv", "w", newline="") as file:
@@ -61,6 +67,7 @@ def save(rows, out, x, panels, lines=None):
 
 def games(out: Path | None = None):
     """Learn Pong, for 4 updates of 32 steps per game. Time the parts from the end of the first update on."""
+    check(out)
     num_steps, updates, calls, total = 32, 4, 0, 0.0
     clock = Clock(cuda=False)
     clock.time("environment", ppo_atari.AtariGames, "step")
@@ -117,6 +124,7 @@ def measure(command, folder):
 
 def steps(out: Path | None = None):
     """Runs of each script that differ in --total-timesteps alone."""
+    check(out)
     runs = [("ppo_cartpole.py", n, "") for n in (5_000, 20_000, 80_000, 320_000)]
     runs += [("ppo_atari.py", n, "--no-cuda") for n in (1_024, 4_096, 16_384, 32_768)]
     dqn = "--no-cuda --learning-starts 500 --buffer-size 50000 --exploration-fraction 0.5"
@@ -134,6 +142,7 @@ def steps(out: Path | None = None):
 
 def evaluation(run: tyro.conf.Positional[Path], episodes: int = 32, out: Path | None = None):
     """Score `run` with ever more environments side by side."""
+    check(out)
     rows = []
     for num_envs in filter(lambda count: count <= episodes, (1, 2, 4, 8, 16, 32)):
         with tempfile.TemporaryDirectory() as folder:

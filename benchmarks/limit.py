@@ -38,7 +38,7 @@ PARTS = ["environments", "network, to act", "gradient steps"]  # of the limit; a
 
 @dataclass
 class Args:
-    # flags that are not listed here go to the script
+    # one of the three training scripts; flags that are not listed here go to it
     script: tyro.conf.Positional[Literal["ppo_cartpole.py", "ppo_atari.py", "dqn_atari.py"]]
     turns: int = 12  # of the script and of the limit, that count
     warmup: int = 2  # turns that do not count
@@ -188,6 +188,7 @@ def main():
         sys.exit(1)
     print(f"{arguments.script} {' '.join(flags)}, {torch.get_num_threads()} threads")
     print(*report(rows), sep="\n")
+    sys.exit(len(rows) < arguments.turns)
 
 
 if __name__ == "__main__":

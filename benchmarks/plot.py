@@ -11,7 +11,6 @@ again when the runs are gone.
 """
 
 import csv
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +75,11 @@ def save(curves, path):
 def main(args):
     if not args.runs or (args.csv and not args.csv.parent.is_dir()):
         sys.exit("plot.py: name at least one run, and --csv in a folder that exists.")
+    for line in args.lines:
+        try:
+            float(line.rpartition("=")[2])
+        except ValueError:
+            sys.exit(f'plot.py: --lines takes "name=number", not "{line}".')
     if args.window < 1 or args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.parent.is_dir():
         sys.exit("plot.py: --window must be at least 1, and --out a .png, .svg or .pdf in a folder that exists.")
     curves = {}
@@ -103,8 +107,6 @@ def main(args):
             axes.plot(*curve, label=name)
     for i, line in enumerate(args.lines):
         name, _, value = line.rpartition("=")
-        if not re.fullmatch(r"-?\d+(\.\d+)?", value):
-            sys.exit(f'plot.py: --lines takes "name=value", not "{line}".')
         color = f"C{i + (1 if args.mean else len(curves))}"  # the next that no curve has
         axes.axhline(float(value), linestyle="--", linewidth=1, color=color, label=name)
     axes.set(xlabel="steps", ylabel=f"{args.tag}, mean of {args.window}", title=args.title)

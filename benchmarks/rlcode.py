@@ -14,7 +14,7 @@ import gymnasium as gym
 from torch.utils.tensorboard import SummaryWriter
 
 if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
-    sys.exit(__doc__)
+    sys.exit("rlcode.py: the first argument must be a script, as in its docstring.")
 script = Path(sys.argv[1]).resolve()
 writer = SummaryWriter("runs/rlcode")
 

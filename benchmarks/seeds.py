@@ -213,7 +213,7 @@ def main(args):
         rows = before if ours else {}
 
     def stop(number, frame):
-        kept = "the runs that ended are in --csv" if args.csv else "nothing is kept"
+        kept = f"the runs that ended are in {args.csv}: name the other --seeds" if args.csv else "nothing is kept"
         kept = "the same command goes on" if args.keep else kept
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"\nseeds.py: stopped; {kept}.", file=sys.stderr, flush=True)

@@ -92,7 +92,8 @@ class Run:
         for begin, end in self.turns:
             points = [event for event in events if begin <= event.wall_time <= end]
             if len(points) < 2:
-                raise RuntimeError("fewer than two points of charts/SPS in a turn; take more --seconds")
+                advice = "take more --seconds" if events else "it wrote none at all"
+                raise RuntimeError(f"fewer than two points of charts/SPS in a turn; {advice}")
             first, last = points[0], points[-1]
             rates.append((last.step - first.step) / (last.wall_time - first.wall_time))
         return rates
@@ -101,7 +102,7 @@ class Run:
         """Kill it, and say why, with what it wrote last."""
         self.signal(signal.SIGKILL)
         output = (self.folder / "output.txt").read_text()[-2000:]
-        print(f"left out, {reason}: {self.command}\n{output}", file=sys.stderr, flush=True)
+        tqdm.write(f"left out, {reason}: {self.command}\n{output}", file=sys.stderr)
 
 
 def quartiles(values, digits):
@@ -111,7 +112,8 @@ def quartiles(values, digits):
 
 def main(args):
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, lambda *_: sys.exit(143))  # or the commands, in groups of their own, would go on
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, lambda *_: sys.exit(143))  # or the commands, in groups of their own, would go on
     with contextlib.ExitStack() as stack:
         runs = []
         for i, command in enumerate(args.commands):
@@ -127,6 +129,8 @@ def main(args):
             if turn is None:
                 runs.remove(run)
                 run.end("as it ended before its turns did")
+                if not any(run.ours for run in runs):
+                    sys.exit("speed.py: there is nothing left to compare with the others.")
             elif counts:
                 run.turns.append(turn)
             bar.update(seconds)

@@ -65,7 +65,7 @@ def turn(pipe):
 
 
 def main(args):
-    if not args.versions:
+    if len(args.versions) < 2:
         sys.exit("versions.py: name at least two versions.")
     context = multiprocessing.get_context("spawn")
     pipes, total = [], len(args.versions) * (args.warmup + args.rounds)

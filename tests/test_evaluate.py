@@ -1,6 +1,7 @@
 """evaluate.py: what is reloaded acts as what was saved, and the score is fair."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -556,16 +557,21 @@ def test_without_a_display_render_says_so(run_dir, tmp_path, monkeypatch):
 class Broken(RewardFromAction):
     """Since it was trained, it has been edited: it fails, or has other actions."""
 
-    fault, num_actions = None, 2
+    fault, when, num_actions = None, "reset", 2
 
     def __init__(self):  # cannot be rendered
         super().__init__()
         self.action_space = gym.spaces.Discrete(self.num_actions)
 
     def reset(self, *, seed=None, options=None):
-        if self.fault:
+        if self.fault and self.when == "reset":
             raise self.fault
         return super().reset(seed=seed)
+
+    def step(self, action):
+        if self.fault:
+            raise self.fault
+        return super().step(action)
 
 
 @pytest.fixture
@@ -584,8 +590,11 @@ def test_an_environment_that_is_another_by_now_is_refused_with_a_sentence(broken
 
 @pytest.mark.parametrize("mode", [{}, {"all": True}, {"follow": True}])
 @pytest.mark.parametrize("fault", [TypeError("mine"), RuntimeError("mine"), ConnectionRefusedError("mine")])
-def test_an_error_of_the_environment_is_not_blamed_on_script_or_disk(mode, fault, broken_run, monkeypatch):
+@pytest.mark.parametrize("when", ["reset", "step"])
+def test_an_error_of_the_environment_is_not_blamed_on_script_or_disk(mode, fault, when, broken_run, monkeypatch):
+    monkeypatch.setattr(os, "nice", lambda increment: None)  # --follow would slow all later tests
     monkeypatch.setattr(Broken, "fault", fault)
+    monkeypatch.setattr(Broken, "when", when)
     with pytest.raises((TypeError, RuntimeError)) as error:
         evaluate.main(evaluate.Args(str(broken_run), **mode))
     assert fault in (error.value, error.value.__cause__)
@@ -594,7 +603,7 @@ def test_an_error_of_the_environment_is_not_blamed_on_script_or_disk(mode, fault
 def test_an_environment_that_cannot_be_rendered_is_refused_with_a_sentence(broken_run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(evaluate.Args(str(broken_run), episodes=1, video=str(tmp_path / "film.mp4")))
-    assert "need an environment that can be made with render_mode='rgb_array'" in capsys.readouterr().err
+    assert "need make_envs(..., render) and environments with render_mode" in capsys.readouterr().err
 
 
 def test_environments_that_reset_at_the_next_step_are_refused(run_dir, tmp_path, capsys):
