@@ -323,7 +323,7 @@ def learn(env_id, target, settings, device, folder, deadline, earlier):
 
     earlier: minutes of training before this call.
     """
-    start, found = time.time(), {"done": "not yet"}
+    start, found = time.time(), {}
     args = ppo_atari.Args(env_id=env_id, cuda=device == "cuda", run_dir=str(folder / env_id), **settings)
     log = ppo_atari.Run.log
 
@@ -339,7 +339,7 @@ def learn(env_id, target, settings, device, folder, deadline, earlier):
     ppo_atari.Run.log = log_and_look
     if ppo_atari.train(args) == 0:
         found["done"] = "all steps"
-    return found
+    return found or {"done": "not yet"}  # stopped before the first update had ended
 
 
 # ---- All of it ----
