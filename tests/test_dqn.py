@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHORT, flags, reload, same, train
-from probes import DelayedReward, Endless, InFrames, RewardFromActionAndObs, TruncatedEndless, play_in_frames
+from probes import DelayedReward, Endless, InFrames, Mixed, RewardFromActionAndObs, TruncatedEndless, play_in_frames
 from test_checkpoint import curve, go
 
 import dqn_atari
@@ -210,6 +210,15 @@ def test_a_gradient_step_by_hand():
     assert metrics["q_values"].item() == pytest.approx(1.5)
     assert agent.q_values.detach().flatten().tolist() == pytest.approx([0, 1 + 0.1 * errors[0], 2 + 0.1 * errors[1], 3])
     assert target.q_values.detach().flatten().tolist() == [10, 20, 30, 40]
+
+
+def test_each_gradient_step_has_its_own_gradient():
+    agent, target = Table([[0.0]]), Table([[0.0]])
+    batch = frames((0, 0)), torch.tensor([0]), torch.tensor([1.0]), torch.tensor([True])
+    optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
+    for value in (0.2, 0.36):  # an error of 1, then of 0.8
+        dqn_update(agent, target, optimizer, batch, gamma=0.9)
+        assert agent.q_values.item() == pytest.approx(value)
 
 
 def test_target_network_moves_by_tau():
@@ -424,8 +433,16 @@ class Colorful(Endless):
         return 2.0 * action - 1
 
 
+class Unlike(Mixed):
+    """No two games look alike, and they are cut off at different times."""
+
+    def reward(self, action):
+        return float(self.np_random.integers(-1, 2))
+
+
 @pytest.mark.parametrize(
-    ("probe", "life_lost"), [(TruncatedEndless, False), (DelayedReward, False), (Colorful, False), (Colorful, True)]
+    ("probe", "life_lost"),
+    [(TruncatedEndless, False), (DelayedReward, False), (Colorful, False), (Colorful, True), (Unlike, False)],
 )
 def test_what_is_learned_from_is_what_was_played(probe, life_lost, tmp_path, monkeypatch):
     """Every transition of every batch: the stack that was seen, what was done, what came, the stack that followed.
@@ -454,7 +471,7 @@ def test_what_is_learned_from_is_what_was_played(probe, life_lost, tmp_path, mon
             assert (None if end else stacks[1:].tobytes()) in following
             ends += end
     assert len(batches) == 72
-    assert (ends > 0) == (life_lost or probe is DelayedReward)
+    assert (ends > 0) == (life_lost or probe in (DelayedReward, Unlike))
 
 
 @pytest.fixture

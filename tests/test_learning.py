@@ -416,3 +416,31 @@ def test_heads_of_bf16_have_all_digits_of_float32():
         layer.register_forward_hook(lambda layer, inputs, output: computed.append(output.dtype))
     agent(torch.as_tensor(envs.reset()[0]))
     assert computed == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_each_epoch_takes_every_step_once_in_an_order_of_its_own(monkeypatch):
+    seen = []
+
+    def loss(agent, minibatch, args):
+        seen.append(minibatch[0].flatten().tolist())
+        return agent(minibatch[0]).mean(), {}
+
+    monkeypatch.setattr(ppo_cartpole, "ppo_loss", loss)
+    agent, batch = torch.nn.Linear(1, 1), (torch.arange(64.0).view(64, 1),) * 6
+    args = Args(num_minibatches=2, update_epochs=3, target_kl=None)
+    ppo_cartpole.ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=0.1), batch, args)
+    epochs = [seen[i] + seen[i + 1] for i in (0, 2, 4)]
+    assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, range(64)]}) == 4
+
+
+@pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
+def test_layers_begin_orthogonal_and_with_their_gains(module):
+    args = module.Args()
+    agent = module.Agent(module.make_envs(args, 1, seed=0, training=True), args)
+    heads = (agent.actor, agent.critic) if module is ppo_atari else (agent.actor[-1], agent.critic[-1])
+    for layer in (x for x in agent.modules() if hasattr(x, "bias")):
+        rows = layer.weight.flatten(1) / dict(zip(heads, (0.01, 1.0), strict=True)).get(layer, 2**0.5)
+        rows = rows if len(rows) <= rows.shape[1] else rows.T
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-4, rtol=0)
+        assert not layer.bias.any()
