@@ -173,8 +173,8 @@ def wait_for(lock, kind):
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
+        waiting.set()  # first: who reads the next line may press Ctrl-C
         print("Waiting for another process, which works on this study, too.", flush=True)
-        waiting.set()
         fcntl.flock(lock, kind)
         waiting.clear()
 
