@@ -129,6 +129,20 @@ def test_the_logs_have_the_tags_people_plot(trained):
     assert set(names.split()) <= set(tags)
 
 
+def test_checkpoints_come_when_multiples_of_save_freq_are_passed(tmp_path):
+    """Each at the end of the rollout that passes one: how late one is does not add up."""
+    run_dir = train(ppo_cartpole, tmp_path, total_timesteps=1500, save_freq=300)
+    assert [int(path.stem) for path in ppo_cartpole.list_checkpoints(run_dir)] == [512, 768, 1024, 1280, 1536]
+
+
+def test_the_bar_shows_the_mean_of_the_last_100_returns(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(ppo_cartpole.tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append(text))
+    run_dir = train(ppo_cartpole, tmp_path, env_id=PROBES["RewardFromObs"], total_timesteps=512)
+    returns = [value for _, value in curve(run_dir, "charts/episodic_return")]
+    assert shown == [f"return {np.mean(returns[end - 100 : end]):.1f}" for end in (256, 512)]
+
+
 def test_episodes_that_end_together_all_show(tmp_path):
     run_dir = train(ppo_cartpole, tmp_path, env_id=PROBES["ConstantReward"], total_timesteps=512)
     assert curve(run_dir, "charts/episodic_return") == [(step, 1.0) for step in range(1, 513)]
@@ -195,6 +209,12 @@ def test_resume_goes_on_with_the_flags_of_the_run_and_those_beside_it(trained, m
     assert before == files(run_dir)
 
 
+def test_flags_are_checked_when_a_run_is_resumed(tmp_path, capfd):
+    run_dir = train(ppo_cartpole, tmp_path, **SHORT["ppo_cartpole"])
+    assert go(ppo_cartpole, "--resume", run_dir, "--total-timesteps", 1200, "--gamma", 1.1) == 2
+    assert "--gamma must be between 0 and 1, got 1.1" in capfd.readouterr().err
+
+
 def test_a_tracked_run_goes_on_in_the_same_curves_of_wandb(tmp_path, monkeypatch):
     """What W&B is told; W&B itself needs an account and a network."""
     told, curves = [], []
@@ -242,6 +262,9 @@ def test_the_same_command_again(tmp_path, monkeypatch, capfd):
     before = files(run_dir)
     assert go(ppo_cartpole, *command) == 0
     assert f"Done: {run_dir} is finished" in capfd.readouterr().out
+    assert before == files(run_dir)
+    monkeypatch.chdir(tmp_path)
+    assert go(ppo_cartpole, "--run-dir", "run", *command[2:]) == 0  # the same folder, named in another way
     assert before == files(run_dir)
 
     (run_dir / "script.py").write_text("an earlier one")  # edited since, so the weights are another program's

@@ -121,6 +121,15 @@ def test_every_environment_plays_its_share_however_long_its_episodes(episodes, s
     assert sorted(lengths) == [1] * short + [10] * long
 
 
+@pytest.mark.parametrize(("episodes", "num_envs"), [(3, 3), (16, 16), (100, 16)])
+def test_sixteen_environments_side_by_side_at_most(episodes, num_envs, run_dir, monkeypatch):
+    """Which games are played, and so the score, depends on it."""
+    played = [1.0] * episodes, [1] * episodes, [False] * episodes
+    monkeypatch.setattr(evaluate, "play", lambda *_: played)
+    path = evaluate.find_checkpoint(run_dir)
+    assert evaluate.score(path, evaluate.Args(str(path), episodes=episodes))["num_envs"] == num_envs
+
+
 def test_a_score_is_the_sum_of_all_rewards_of_a_whole_game():
     """-5, then 1, 1, 1, 1, and cut off. Each step costs a life, which ends nothing."""
     envs = InFrames(TruncatedEndless, 2, life_lost=True)
@@ -495,7 +504,7 @@ def test_the_window_shows_the_game_at_its_speed_until_q(run_dir, monkeypatch):
 
     def wait(milliseconds):
         time.sleep(milliseconds / 1000)
-        return ord("q") if len(shown) == 12 else -1
+        return {6: ord("x"), 12: ord("q")}.get(len(shown), -1)  # any other key does nothing
 
     monkeypatch.setattr(evaluate.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0))
     monkeypatch.setattr(cv2, "imshow", lambda title, picture: shown.append((time.monotonic(), picture)))

@@ -284,6 +284,32 @@ def test_a_line_that_was_cut_short_is_scored_again(run_dir, play):
     assert follow(run_dir) == 0
 
 
+def test_each_score_is_written_before_the_next_checkpoint_is_played(run_dir, play, monkeypatch):
+    """So kill -9 loses none."""
+    score, written = evaluate.score, []
+
+    def count_and_score(*arguments):
+        written.append((run_dir / "eval" / "scores.jsonl").read_text().count("\n"))
+        return score(*arguments)
+
+    monkeypatch.setattr(evaluate, "score", count_and_score)
+    play(10, 20, 30, 25)
+    assert follow(run_dir) == 0
+    assert written == [0, 1, 2, 3]
+
+
+def test_of_equal_scores_the_first_stays_the_best(run_dir, play):
+    play(10, 30, 30, 25)
+    assert follow(run_dir) == 0
+    assert (run_dir / "best.pt").samefile(checkpoint(run_dir, 512))
+
+
+def test_fresh_seeds_begin_anew_after_the_largest_one(run_dir, play, capsys):
+    play(10, 20, 30, 25)
+    assert follow(run_dir, seed=2**32 - 1) == 0
+    assert "--seed 0\n" in capsys.readouterr().out
+
+
 def test_checkpoints_that_are_deleted_meanwhile_are_left_out(run_dir, play, monkeypatch):
     play(10, 20, 25)
     score = evaluate.score
@@ -298,6 +324,7 @@ def test_checkpoints_that_are_deleted_meanwhile_are_left_out(run_dir, play, monk
 
 
 def test_what_a_run_saves_at_its_very_end_is_scored(run_dir, play, monkeypatch):
+    monkeypatch.setattr(evaluate, "PATIENCE", -1)  # the first look after the end is the last one
     shutil.move(checkpoint(run_dir, 768), run_dir / "last.pt")
 
     def end(run_dir):
@@ -379,6 +406,16 @@ def test_a_run_goes_on_where_its_lock_is_held_or_its_curves_are_fresh(run_dir, m
     assert evaluate.is_running(run_dir)
     time.sleep(0.6)
     assert not evaluate.is_running(run_dir)
+
+
+def test_the_lock_of_another_file_is_not_taken_for_that_of_the_run(run_dir, monkeypatch):
+    age(run_dir)
+    (run_dir / ".lock").touch()
+    number, read_text = (run_dir / ".lock").stat().st_ino, Path.read_text
+    for inode, running in ((number, True), (f"{number}7", False), (f"7{number}", False)):
+        locks = f"1: FLOCK  ADVISORY  WRITE 99 00:2b:{inode} 0 EOF\n"
+        monkeypatch.setattr(Path, "read_text", lambda path, x=locks: x if path.name == "locks" else read_text(path))
+        assert evaluate.is_running(run_dir) == running
 
 
 def test_training_goes_first(run_dir, play, nice, monkeypatch):

@@ -161,6 +161,14 @@ def test_seeds_prints_the_spread_over_seeds_and_writes_a_row_of_each(tmp_path, m
     assert rows == [("1", "40.0", "400.0", *of_all), ("2", "20.0", "", *of_all), ("3", "30.0", "300.0", *of_all)]
 
 
+def test_rows_are_in_the_order_of_their_seeds_and_a_score_of_zero_is_one(tmp_path, monkeypatch):
+    file, ran = tmp_path / "x.csv", stub_runs(monkeypatch, {2: 0.0, 10: 40.0})
+    for _ in range(2):
+        seeds.main(seeds.Args(PPO_CARTPOLE, [10, 2], csv=file, keep=tmp_path))
+    assert read(file, "seed", "mean_return") == [("2", "0.0"), ("10", "40.0")]
+    assert ran == [10, 2]
+
+
 def test_a_seed_that_fails_is_reported_and_costs_no_other_one(tmp_path, monkeypatch, capsys):
     ran, file = stub_runs(monkeypatch, {1: 40.0, 2: None, 3: 30.0}), tmp_path / "x.csv"
     with pytest.raises(SystemExit, match="1 of 3 seeds failed"):
@@ -267,6 +275,18 @@ def test_a_signal_ends_the_training_too_and_the_same_command_goes_on(name, tmp_p
     assert process.returncode == 128 + getattr(signal, name)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)
+
+
+def test_what_nohup_ignores_stays_ignored(monkeypatch):
+    monkeypatch.setattr(seeds, "one_run", lambda *_: {"seed": 1, "mean_return": 4.0})
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        seeds.main(seeds.Args(PPO_CARTPOLE, [1]))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_seeds_go_on_where_they_were(tmp_path, monkeypatch):

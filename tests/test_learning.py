@@ -1,5 +1,7 @@
 """The mathematics against independent computations, and each script's learning on problems with known answers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -147,10 +149,11 @@ def test_a_new_agent_tries_all_actions_about_equally_often(module):
     assert counts.min() > 0.5 * len(obs) / len(counts)
 
 
-@pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
-def test_adam_has_the_epsilon_of_the_docstring(module, tmp_path):
+@pytest.mark.parametrize(("module", "eps"), [(ppo_cartpole, 1e-5), (ppo_atari, 1e-5), (dqn_atari, 1e-8)])
+def test_the_epsilon_of_adam(module, eps, tmp_path):
+    """PPO's is in its docstring, DQN's is that of PyTorch."""
     run_dir = train(module, tmp_path, **SHORT[module.__name__])
-    assert reload(module, run_dir)[0]["optimizer"]["param_groups"][0]["eps"] == 1e-5
+    assert reload(module, run_dir)[0]["optimizer"]["param_groups"][0]["eps"] == eps
 
 
 @pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
@@ -227,6 +230,25 @@ def test_explained_variance_is_0_where_there_is_none_to_explain(module, values, 
     settings |= {"env_id": PROBES["RewardFromObs"]} if module is ppo_cartpole else {}
     run_dir = train(module, tmp_path, **settings)
     assert curve(run_dir, "losses/explained_variance") == [(32, 0), (64, 0), (96, 0)]
+
+
+@pytest.mark.parametrize("module", [ppo_cartpole, ppo_atari])
+def test_explained_variance_is_that_of_returns_by_values(module, tmp_path, monkeypatch):
+    """All of it, though each value is too low by 3; and as its definition says, where returns lie elsewhere."""
+    expected = []
+
+    def gae(rewards, values, *rest):
+        returns = values.roll(1, 0) if expected else values + 3
+        expected.append((1 - (returns - values).var() / returns.var()).item())
+        return torch.zeros_like(values), returns
+
+    monkeypatch.setattr(module, "compute_gae", gae)
+    play_in_frames(monkeypatch, ppo_atari, RewardFromActionAndObs)
+    settings = dict(num_envs=2, num_steps=16, num_minibatches=1, total_timesteps=64, cuda=False)
+    run_dir = train(module, tmp_path, **settings)
+    assert expected[0] == pytest.approx(1, abs=1e-4)
+    found = [value for _, value in curve(run_dir, "losses/explained_variance")]
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 def updated(monkeypatch, kls, **settings):
@@ -405,6 +427,18 @@ def test_bf16_is_the_same_network_with_fewer_digits(module):
     for (exact, rounded), tolerance in ((outputs, 0.02), (gradients, 0.1)):
         assert exact.dtype == rounded.dtype == torch.float32
         assert 0 < (exact - rounded).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("module", [ppo_atari, dqn_atari])
+def test_convolutions_are_channels_last(module):
+    """Else training on a CPU takes longer."""
+    agent = module.Agent(SimpleNamespace(single_action_space=SimpleNamespace(n=4)), module.Args())
+    layers, inputs = [layer for layer in agent.network if isinstance(layer, torch.nn.Conv2d)], []
+    for layer in layers:
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+        layer.register_forward_pre_hook(lambda layer, x: inputs.append(x[0]))
+    agent(torch.zeros((2, 4, 84, 84), dtype=torch.uint8))
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in inputs] == [True] * 3
 
 
 def test_heads_of_bf16_have_all_digits_of_float32():

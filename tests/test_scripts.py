@@ -1,11 +1,13 @@
 """What holds for the scripts as files and as commands: what they share, what they say, how they refuse."""
 
 import ast
+import os
 import re
 import shlex
 import shutil
 import sys
 import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -390,6 +392,7 @@ def test_a_run_folder_that_cannot_be_written_gets_one_sentence(script, tmp_path,
         ("--episodes 0", "--episodes"),
         ("--num-envs 11", "--num-envs"),
         ("--seed -1", "--seed"),
+        ("--seed 4294967296", "--seed"),
         ("--all", "--all"),
         ("--json no/where.json", "--json"),
         ("--json .", "--json"),
@@ -407,6 +410,31 @@ def test_wrong_usage_of_evaluate_gets_one_sentence(arguments, named, capsys):
     message = capsys.readouterr().err
     assert named in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["all", "follow"])
+@pytest.mark.parametrize("picture", [{"render": True}, {"video": "film.mp4"}])
+def test_many_checkpoints_are_not_one_film(flag, picture, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.Args(str(tmp_path), **picture, **{flag: True})
+    assert stop.value.code == 2
+    assert "--render and --video show one game at a time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["scores.json", "new.json"])
+def test_a_json_that_may_not_be_written_is_refused_before_anything_is_played(name, tmp_path, monkeypatch, capsys):
+    """os.access is replaced: whoever runs the tests may be root."""
+    (tmp_path / "scores.json").touch()
+    asked = tmp_path / "scores.json" if name == "scores.json" else tmp_path
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != asked)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.Args("some.pt", json=str(tmp_path / name))
+    assert stop.value.code == 2
+    assert f"--json {tmp_path / name} cannot be written: no permission." in capsys.readouterr().err
+
+
+def test_without_norm_adv_a_minibatch_may_be_a_single_step():
+    ppo_cartpole.check_args(ppo_cartpole.Args(num_envs=1, num_steps=4, num_minibatches=4, norm_adv=False))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, SCRIPTS, SHORT, flags, same
 from probes import InFrames, RewardFromActionAndObs
 from simulated_gpu import simulated_gpu
-from test_checkpoint import PIPES
+from test_checkpoint import PIPES, curve
 
 import ppo_atari
 
@@ -175,6 +175,10 @@ def test_what_one_process_finds_all_act_on(script, trouble, code, gradient_steps
     for of_rank in updates:
         assert [len(update["gradients"]) for update in of_rank] == gradient_steps
     assert all(same(ours["after"], theirs["after"]) for ours, theirs in zip(*updates, strict=True))
+    assert len(list(tmp_path.glob("run/events.*"))) == 1
+    if not code:  # the curve is of both, too
+        means = [value for _, value in curve(tmp_path / "run", "losses/approx_kl")]
+        assert means == pytest.approx([0.5, 0.35], abs=0.02)
     if code:
         assert "value_loss is nan after 32 steps" in text
 

@@ -432,6 +432,22 @@ def test_a_trial_is_worth_its_mean_over_seeds(start, capsys):
     assert trials[0].distributions["learning_rate"].log
 
 
+def test_the_order_of_the_spaces_makes_no_other_study(start):
+    spaces = ["--space gamma=0.9,0.95", "--space num_steps=16,32"]
+    flags = "--seeds 1 --fresh-seeds 2 --trials 1"
+    assert start(f"{' '.join(spaces)} {flags}", lambda args: 1)
+    assert not start(f"{' '.join(spaces[::-1])} {flags}", lambda args: 1)
+
+
+def test_what_nohup_ignores_stays_ignored(start):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        start(f"{SMALL} --trials 1", lambda args: 1)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_an_edited_script_is_another_study(start):
     script = Path(shutil.copy(ROOT / "ppo_cartpole.py", "mine.py"))
     for flags in ("", "--seeds 1", "--episodes 7"):
