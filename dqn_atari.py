@@ -25,9 +25,9 @@ error, learning from step 50,000, exploration that falls to 0.1, and a target ne
 steps. Unlike CleanRL:
 (1) ale-py's vector environment presses FIRE at the start of a game but not after a lost life, starts frame stacks with
     zeros and does not clear them when a life is lost, and takes the maximum of two frames after conversion to gray.
-(2) A game truncated at 108,000 frames is not lost: the value of its last observation is bootstrapped.
+(2) A game truncated at 108,000 frames is bootstrapped from its own last observation, not from the next game's first.
 (3) All games start anew after each checkpoint, so that a killed run can be resumed exactly.
-(4) Orthogonal initialization, small in the last layer: with PyTorch's, a loss stood still for 27,000 gradient steps.
+(4) Orthogonal initialization, small in the last layer: with PyTorch's, a run learned nothing in 27,000 gradient steps.
 (5) Several games are played side by side. Gradient steps and target updates come as often per step as with one game.
 (6) The actions of the first --learning-starts steps are random; only then does epsilon fall.
 """
@@ -160,9 +160,9 @@ class ReplayBuffer:
         self.path, self.num_envs = Path(folder) / "replay.bin", envs.num_envs
         self.stack, *frame = envs.single_observation_space.shape  # 4, 84, 84
         fields = [("frame", np.uint8, frame), ("action", np.uint8), ("reward", np.float32), ("terminated", bool)]
-        self.row_dtype = np.dtype([*fields, ("num_earlier", np.uint8)])  # of the 3 frames before it, those of its game
+        self.row_dtype = np.dtype([*fields, ("num_earlier", np.uint8)])  # how many of the 3 before it are of its game
         self.max_filled = capacity // self.num_envs  # rows
-        self.num_rows = self.max_filled + self.stack + spare // self.num_envs + 1  # with 3 before the oldest, 1 begun
+        self.num_rows = self.max_filled + self.stack + spare // self.num_envs + 1  # stack: 3 before the oldest, 1 begun
         self.count = self.filled = 0  # rows completed so far, and how many of them can be sampled
         self.final_frames = {}  # (row, n) -> final frame of game n, which was truncated at that row's step
         self.file = None
@@ -293,7 +293,7 @@ def update_target(target_agent, agent, tau):
 
 def train(args):
     """Train to --total-timesteps, or until Ctrl-C. Returns the exit code."""
-    torch.set_flush_denormal(True)  # in new threads too: Adam's averages of dead weights become denormals, slow on CPUs
+    torch.set_flush_denormal(True)  # before any thread starts: Adam's averages of dead weights become slow denormals
     run = Run(args)
     envs = make_envs(args, run.num_envs, seed=0, training=True)  # each segment seeds them anew
     agent, target_agent = Agent(envs, args).to(run.device), Agent(envs, args).to(run.device)
@@ -343,7 +343,7 @@ def train(args):
     envs.close()
     code = run.end()
     if code == 0 and run.global_step > run.first_step:
-        buffer.path.unlink(missing_ok=True)  # unless a longer run was merely asked to end earlier
+        buffer.path.unlink(missing_ok=True)  # kept if nothing was trained: a run asked to end earlier can still go on
     return code
 
 
@@ -452,7 +452,7 @@ def fail(message, code=1):
 
 
 def check_numbers(args, names, low, high=math.inf):
-    """Refuse flags (names in one string) that are not between low and high, infinite or NaN. None is allowed."""
+    """Refuse flags (names in one string) that are infinite, NaN, or outside low to high. None is allowed."""
     for name in names.split():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is not None and not (low <= value <= high and math.isfinite(value)):
@@ -537,7 +537,7 @@ class Run:
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.checkpoint = self.open_folder() if self.rank == 0 else None
         if self.num_ranks > 1:
-            __import__("torch._dynamo")  # if imported after the next line, it can crash Python at exit
+            __import__("torch._dynamo")  # later, it can crash Python at exit; a plain import would make torch local
             torch.distributed.init_process_group()  # NCCL between GPUs, gloo between CPUs
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -624,7 +624,7 @@ class Run:
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
-        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # 1: evaluate.py has 2
+        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # 1: here, 2: evaluate.py
         torch.manual_seed(seed)
         return seed
 

@@ -27,7 +27,7 @@ Unlike baselines:
 (1) ale-py's vector environment presses FIRE at the start of a game but not after a lost life, does not clear frame
     stacks when a life is lost, and takes the maximum of two frames after conversion to gray.
 (2) A game truncated at 108,000 frames is not lost: the value of its last observation is bootstrapped.
-(3) All games start anew after each checkpoint, so that a killed run can be repeated exactly.
+(3) All games start anew after each checkpoint, so that a killed run can be resumed exactly.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ class Args:
     clip_coef: float = 0.1  # no incentive to move a probability ratio farther than this from 1
     clip_vloss: bool = True  # clip the value loss likewise: no gain from moving a value farther than --clip-coef
     ent_coef: float = 0.01  # weight of the entropy bonus; larger explores longer
-    vf_coef: float = 0.5  # weight of the value loss
+    vf_coef: float = 0.5  # weight of the value loss, itself half of the squared error
     max_grad_norm: float = 0.5  # gradients with a larger global L2 norm are scaled down to this
     target_kl: float | None = None  # end an update after an epoch whose mean KL divergence exceeds this; None: never
     bf16: bool = False  # run the CNN in bfloat16: faster on some processors, slower on others
@@ -181,8 +181,7 @@ def compute_gae(rewards, values, next_values, terminated, ended, gamma, gae_lamb
     next_advantage = torch.zeros_like(rewards[0])  # (N,)
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * next_values[t] * ~terminated[t] - values[t]
-        next_advantage = delta + gamma * gae_lambda * next_advantage * ~ended[t]
-        advantages[t] = next_advantage
+        advantages[t] = next_advantage = delta + gamma * gae_lambda * next_advantage * ~ended[t]
     return advantages, advantages + values
 
 
@@ -214,7 +213,7 @@ def ppo_loss(agent, minibatch, args):
         "value_loss": value_loss,
         "policy_loss": policy_loss,
         "entropy": entropy,
-        "old_approx_kl": -logratio.mean(),
+        "old_approx_kl": -logratio.mean(),  # CleanRL's name; the plain estimate of the same KL, which can be negative
         "approx_kl": (ratio - 1 - logratio).mean(),  # never negative, less noisy (joschu.net/blog/kl-approx.html)
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
     }
@@ -235,7 +234,7 @@ def ppo_update(agent, optimizer, batch, args):
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)  # before clipping
             optimizer.step()
             history.append(metrics)
-        if args.target_kl is not None:  # compared with the last epoch's, not with the mean that is logged
+        if args.target_kl is not None:  # compared with this epoch's mean, not with that of all epochs, which is logged
             kl = torch.stack([metrics["approx_kl"] for metrics in history[-args.num_minibatches :]]).mean()
             average_over_ranks([kl])
             if kl > args.target_kl:
@@ -407,7 +406,7 @@ def fail(message, code=1):
 
 
 def check_numbers(args, names, low, high=math.inf):
-    """Refuse flags (names in one string) that are not between low and high, infinite or NaN. None is allowed."""
+    """Refuse flags (names in one string) that are infinite, NaN, or outside low to high. None is allowed."""
     for name in names.split():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is not None and not (low <= value <= high and math.isfinite(value)):
@@ -467,7 +466,7 @@ class Run:
         torch.backends.cudnn.deterministic = args.torch_deterministic
         self.checkpoint = self.open_folder() if self.rank == 0 else None
         if self.num_ranks > 1:
-            __import__("torch._dynamo")  # if imported after the next line, it can crash Python at exit
+            __import__("torch._dynamo")  # later, it can crash Python at exit; a plain import would make torch local
             torch.distributed.init_process_group()  # NCCL between GPUs, gloo between CPUs
             if self.device.type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -554,7 +553,7 @@ class Run:
         next_save = (self.global_step // self.args.save_freq + 1) * self.args.save_freq
         self.segment_end = min(next_save, self.args.total_timesteps)
         self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
-        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # 1: evaluate.py has 2
+        seed = spread_seed(1, self.args.seed, self.global_step) + self.rank * self.num_envs  # 1: here, 2: evaluate.py
         torch.manual_seed(seed)
         return seed
 
