@@ -427,7 +427,7 @@ def score_all(run_dir, args):
                 writer.flush()
         whole = True
     except OSError as error:
-        fail(f"{run_dir / 'eval'} cannot be written: {error.strerror}.")
+        fail(f"{error.filename or f'the output or {run_dir}/eval'} cannot be written: {error.strerror}.")
     finally:  # TensorBoard would mix the two curves: one of them goes, this one if it was cut short
         for file in earlier if whole else own if earlier else ():
             file.unlink(missing_ok=True)  # another --all may have removed it
@@ -490,11 +490,12 @@ def open_scores(run_dir, flags):
     except (ImportError, OSError):  # Windows; a file system without locks
         pass
     file.seek(0)
-    for line in file:
+    for line in (text := file.read()).splitlines():
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # a full disk cut it short
             result = json.loads(line)
             if result.pop("flags") == flags:
                 known[result.pop("sha256")] = result
+    file.write("\n" * bool(text and text[-1] != "\n"))  # or the next line would go on where that one was cut
     writer = SummaryWriter(run_dir / "eval", purge_step=0)  # hides the earlier curve, which may be of other flags
     for step, result in {result["global_step"]: result for result in known.values()}.items():
         writer.add_scalar("eval/episodic_return", result["mean_return"], step)
@@ -522,7 +523,7 @@ def lowest_priority():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which would otherwise skip the end of this
     group, before = Path("/proc/self/autogroup"), None  # Linux weighs terminals, and heeds nice only within each
     with contextlib.suppress(OSError, IndexError):  # IndexError: the file of a process in no such group is empty
-        before = group.read_text().split()[-1]
+        before = group.read_text().split()[-1].replace("19", "0")  # 19: another --follow's, which may end first
         group.write_text("19")
     try:
         yield

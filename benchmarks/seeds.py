@@ -7,7 +7,7 @@
 Runs one after the other, each as a user would type it; `seconds` is all of training, imports included. Each row is
 written as soon as its run has ended. More --seeds add to the rows of the same command and script; rows of another one
 are put aside in {csv}.old. (That an environment of your own has not changed is not checked.) A run that fails gets a
-row without a score.
+row without a score, unless its seed has one.
 
 --keep leaves the run folders: after a crash or Ctrl-C, the same command goes on where it was, if the script has not
 changed, and does not repeat a seed whose score is in --csv. Of a run that was cut short, `seconds` is empty.
@@ -105,6 +105,10 @@ def commit():
     return "unknown"
 
 
+def hash_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+
+
 def one_run(args, seed, folder):
     """Train with `seed` in `folder`, evaluate; returns the CSV row as a dict. RuntimeError: one of these failed."""
     run_dir = Path(folder) / str(seed)
@@ -119,7 +123,9 @@ def one_run(args, seed, folder):
         done = run_dir / f"command_{i + 1}_done"  # once the second has begun, the first would be refused
         if not done.exists():
             execute([args.script, *own, *shlex.split(flags)])
-            done.write_text(flags)
+            new = run_dir / "done.tmp"
+            new.write_text(flags)
+            new.replace(done)  # so that a full disk leaves no empty one
         elif done.read_text() != flags:
             sys.exit(f"seeds.py: {run_dir} was trained with other flags: name another --keep.")
     if (run_dir / f"command_{len(commands) + 1}_done").exists():
@@ -134,7 +140,9 @@ def one_run(args, seed, folder):
         row[f"seconds_to_{threshold:.9g}"] = start and when and round(when - start, 1)
     row |= {name: score[name] and round(score[name], 3) for name in ("mean_return", "std_return")}
     row |= {"human_normalized": score["human_normalized"], "min_return": min(score["returns"])}
-    return row | {"truncated": score["truncated"]}
+    newest = max(run_dir.glob("checkpoints/*.pt"))  # knows the threads of the training
+    threads = torch.load(newest, map_location="cpu", weights_only=True)["versions"].get("threads")
+    return row | {"truncated": score["truncated"], "threads": threads}
 
 
 def read_rows(path, header, about):
@@ -144,7 +152,7 @@ def read_rows(path, header, about):
         rows = list(csv.DictReader(file))
     same = ("command", "script", "episodes", "greedy")
     ours = all(list(row) == header and all(row[x] == str(about[x]) for x in same) for row in rows)
-    return {row["seed"]: row for row in rows}, ours
+    return {row.get("seed"): row for row in rows}, ours
 
 
 def add_row(path, header, row):
@@ -156,7 +164,8 @@ def add_row(path, header, row):
         os.replace(path, old)
         print(f"{path} had rows of another command, script or flags: they are in {old} now.", flush=True)
         rows = {}
-    rows[str(row["seed"])] = row
+    if "mean_return" in row or not rows.get(str(row["seed"]), {}).get("mean_return"):
+        rows[str(row["seed"])] = row  # a run that failed takes no score away
     with open(path.with_name(f"{path.name}.tmp"), "w", newline="") as file:
         writer = csv.DictWriter(file, header)
         writer.writeheader()
@@ -198,7 +207,7 @@ def main(args):
     command = f"{args.script} {args.flags}{then}".strip()
     check(args)
     about = {"episodes": args.episodes, "greedy": args.greedy, "command": command}
-    about |= {"script": hashlib.sha256(args.script.read_bytes()).hexdigest()[:8], "commit": commit()}
+    about |= {"script": hash_of(args.script), "commit": commit()}
     about |= {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     about |= {"machine": machine()}
     times = [f"{what}_to_{threshold:.9g}" for threshold in args.threshold for what in ("steps", "seconds")]
@@ -234,10 +243,12 @@ def main(args):
                 print(f"seeds.py: seed {seed} failed: {error}", file=sys.stderr, flush=True)
                 row = {"seed": seed}
                 failed.append(seed)
+            if hash_of(args.script) != about["script"]:
+                sys.exit(f"seeds.py: {args.script} was edited while seed {seed} ran, which gets no row.")
             print(row, flush=True)
-            rows[str(seed)] = row | about
+            rows[str(seed)] = about | row
             if args.csv:
-                rows = add_row(args.csv, header, row | about)
+                rows = add_row(args.csv, header, about | row)
     summary(rows.values(), args.threshold)
     if failed:
         sys.exit(f"seeds.py: {len(failed)} of {len(args.seeds)} seeds failed.")

@@ -48,6 +48,7 @@ COMPLETE = optuna.trial.TrialState.COMPLETE
 FIXED = {"seed", "run_dir", "resume"}  # flags that each run gets from here
 stopping, children = threading.Event(), set()  # Ctrl-C sets the one and ends the others
 waiting = threading.Event()  # for another process, with no child that could be ended
+sources = {}  # the script, and what it has imported from beside it: {path: hash}
 
 
 @dataclass
@@ -127,14 +128,33 @@ def commands(args, flags, params, seed, run_dir):
     return list(map(str, train)), list(map(str, score))
 
 
+def hash_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_sources():
+    """End where a file of this study has been edited: what is trained now is another study's."""
+    for path, expected in sources.items():
+        if hash_of(path) != expected:
+            evaluate.fail(f"{path} was edited meanwhile: the same command begins another study, or undo the edit.")
+
+
 def score_of(args, flags, params, seed, folder):
     """Train and score. Continues a run that was ended; does not repeat one that was scored."""
     run_dir = folder / f"seed_{seed}"
     if not (run_dir / "score.json").exists():
         run_dir.mkdir(parents=True, exist_ok=True)
+        with open(run_dir / ".lock", "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # it has outlived a kill -9 of tune.py
+                evaluate.fail(f"{run_dir} is still being trained: wait until that has ended, then go on.")
         train, score = commands(args, flags, params, seed, run_dir)
-        execute(train, run_dir / "output.txt")
-        execute([*score, "--json", str(run_dir / "score.tmp")], run_dir / "output.txt")
+        try:
+            execute(train, run_dir / "output.txt")
+            execute([*score, "--json", str(run_dir / "score.tmp")], run_dir / "output.txt")
+        finally:
+            check_sources()
         os.replace(run_dir / "score.tmp", run_dir / "score.json")
         for path in sorted(run_dir.glob("checkpoints/*.pt"))[:-1]:
             path.unlink()  # in Atari, each takes 20 MB
@@ -179,6 +199,17 @@ def wait_for(lock, kind):
         waiting.clear()
 
 
+def open_study(out, lock):
+    """Begin the study in this folder, or go on with it."""
+    journal = out / "journal.log"
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else is writing:
+        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)  # a last line without its end, of a full disk
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    return optuna.create_study(storage=storage, study_name=out.name, direction="maximize", load_if_exists=True)
+
+
 def search(study, args, flags, space, out, lock):
     """Run trials until --trials have ended, here and on other machines."""
     with contextlib.suppress(BlockingIOError):
@@ -204,7 +235,7 @@ def search(study, args, flags, space, out, lock):
 def compare(study, args, flags, out):
     """Train the best flags and the defaults with fresh seeds, and print them side by side."""
     best, means, failed, random = study.best_trial, {}, 0, np.random.default_rng(0)
-    print(f"With seeds 1 to {args.fresh_seeds}, which the search has not seen: mean, 95% bootstrap interval")
+    print(f"With seeds 1 to {args.fresh_seeds}, which the search has not seen: mean, 95% interval by Student's t")
     for side, params in ((f"best_{best.number}", best.params), ("defaults", {})):
         with ThreadPoolExecutor(args.jobs) as pool:
             runs = [pool.submit(score_of, args, flags, params, i + 1, out / side) for i in range(args.fresh_seeds)]
@@ -214,11 +245,12 @@ def compare(study, args, flags, out):
         if not scores:
             evaluate.fail(f"all runs failed: the output.txt in {out / side} say why.")
         failed += len(runs) - len(scores)
-        means[side] = random.choice(scores, (10_000, len(scores))).mean(1)  # of resampled seeds
-        low, high = np.percentile(means[side], [2.5, 97.5])
+        n, std = len(scores), np.std(scores, ddof=1) if len(scores) > 1 else np.inf
+        means[side] = np.mean(scores) + std / n**0.5 * random.standard_t(max(n - 1, 1), 100_000)  # what it may be
+        low, high = np.percentile(means[side], [2.5, 97.5], method="nearest")
         each = ["failed" if run.exception() else f"{run.result():.2f}" for run in runs]
         print(f"{np.mean(scores):10.2f}  {low:.2f} to {high:.2f}  {side}: {', '.join(each)}")
-    low, high = np.percentile(np.subtract(*means.values()), [2.5, 97.5])
+    low, high = np.percentile(np.subtract(*means.values()), [2.5, 97.5], method="nearest")  # Behrens and Fisher
     verdict = "the best flags are better" if low > 0 else "they are worse" if high < 0 else "no difference is shown"
     verdict = f"no verdict, as {failed} failed and are left out" if failed else verdict
     print(f"            {low:.2f} to {high:.2f}  difference: {verdict}")
@@ -227,28 +259,30 @@ def compare(study, args, flags, out):
 def main(args, flags):
     if min(len(args.space), args.trials, args.seeds, args.fresh_seeds - 1, args.episodes, args.jobs) < 1:
         evaluate.fail("give at least one --space, --fresh-seeds 2, and 1 for --trials, --seeds, --episodes, --jobs.", 2)
-    if fixed := {flag.split("=")[0].strip("-").replace("-", "_") for flag in flags} & FIXED:
+    names = {flag.split("=")[0].strip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    if fixed := names & FIXED:
         evaluate.fail(f"--{fixed.pop().replace('_', '-')} is set for each run: leave it out.", 2)
     module = evaluate.load_script({"script": args.script.stem}, args.script, args.script)
     defaults = tyro.cli(module.Args, prog=args.script.name, args=flags)  # refuses what the script would
+    if hasattr(module, "check_args"):
+        module.check_args(defaults)  # they are trained, too, in the end
     space = dict(parse_space(text, module, defaults) for text in args.space)
     files = [Path(x.__file__) for x in [*sys.modules.values()] if getattr(x, "__file__", None)]
     beside = {x.resolve() for x in files if x.resolve().parent == args.script.resolve().parent and x.is_file()}
-    beside = sorted(beside - {Path(evaluate.__file__).resolve()})  # the script, and what it has imported by now
-    sources = [hashlib.sha256(x.read_bytes()).hexdigest() for x in beside]
-    what = json.dumps([sources, flags, sorted(args.space), args.seeds, args.episodes])
+    sources.clear()
+    sources.update({path: hash_of(path) for path in sorted(beside - {Path(evaluate.__file__).resolve()})})
+    what = json.dumps([[*sources.values()], flags, sorted(args.space), args.seeds, args.episodes])
     out = Path(f"runs/tune__{args.script.stem}__{hashlib.sha256(what.encode()).hexdigest()[:8]}")
     out.mkdir(parents=True, exist_ok=True)
     threads = os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // args.jobs))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    journal = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(f"{out}/journal.log"))
-    study = optuna.create_study(storage=journal, study_name=out.name, direction="maximize", load_if_exists=True)
-    watch = f"pip install optuna-dashboard && optuna-dashboard {out}/journal.log"
-    print(f"{count(study)} of {args.trials} trials have ended. Watch: {watch}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, stop)
     with open(out / ".lock", "w") as lock:
+        study = open_study(out, lock)
+        watch = f"pip install optuna-dashboard && optuna-dashboard {out}/journal.log"
+        print(f"{count(study)} of {args.trials} trials have ended. Watch: {watch}", flush=True)
         search(study, args, flags, space, out, lock)
         compare(study, args, flags, out)
     warnings.simplefilter("ignore")  # Optuna calls its drawings experimental

@@ -279,8 +279,10 @@ def test_a_line_that_was_cut_short_is_scored_again(run_dir, play):
     play(10, 20, 30, 25)
     follow(run_dir)
     file = run_dir / "eval" / "scores.jsonl"
-    file.write_text(file.read_text()[:-100] + "\n3\n")
+    file.write_text("3\n" + file.read_text()[:-100])
     play(30, 25)
+    assert follow(run_dir) == 0
+    play(25)  # only the best on fresh seeds: the new line is whole
     assert follow(run_dir) == 0
 
 
@@ -451,6 +453,28 @@ def test_one_that_is_terminated_gives_its_terminal_the_old_weight_back(run_dir, 
         evaluate.main(evaluate.Args(str(run_dir), follow=True))
     assert stop.value.code == 143
     assert not before or group.read_text() == before
+
+
+def test_of_two_in_one_terminal_the_last_gives_it_the_weight_that_it_had(monkeypatch):
+    """/proc/self/autogroup is replaced by a variable."""
+    weight, read_text, write_text = ["0"], Path.read_text, Path.write_text
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+
+    def read(path):
+        return f"/autogroup-7 nice {weight[0]}\n" if path.name == "autogroup" else read_text(path)
+
+    def write(path, text):
+        return weight.append(text) or weight.pop(0) if path.name == "autogroup" else write_text(path, text)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(Path, "write_text", write)
+    first, second = evaluate.lowest_priority(), evaluate.lowest_priority()
+    first.__enter__()
+    second.__enter__()
+    assert weight == ["19"]
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert weight == ["0"]
 
 
 def test_no_group_of_the_terminal_is_no_obstacle(run_dir, play, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from torch.utils.tensorboard import SummaryWriter
 
@@ -106,7 +108,9 @@ def test_a_row_is_of_its_own_seed(tmp_path, monkeypatch):
         commands.append(command := [*map(str, command)])
         if "--run-dir" in command:
             clock[0] += 7.25
-            Path(command[command.index("--run-dir") + 1]).mkdir()
+            checkpoints = Path(command[command.index("--run-dir") + 1]) / "checkpoints"
+            checkpoints.mkdir(parents=True)
+            torch.save({"versions": {"threads": 3}}, checkpoints / "000000000768.pt")
         else:
             clock[0] += 1000
             Path(command[command.index("--json") + 1]).write_text(json.dumps(score))
@@ -124,7 +128,7 @@ def test_a_row_is_of_its_own_seed(tmp_path, monkeypatch):
     assert row == {
         **{"env_id": "X-v0", "seed": 7, "steps": 768, "seconds": 7.2, "steps_to_475": 512, "seconds_to_475": 3.5},
         **{"mean_return": 12.346, "std_return": 1.234, "human_normalized": 0.5, "min_return": 3.0},
-        **{"truncated": 2},
+        **{"truncated": 2, "threads": 3},
     }
 
 
@@ -180,6 +184,42 @@ def test_a_seed_that_fails_is_reported_and_costs_no_other_one(tmp_path, monkeypa
     assert "35.00 ± 7.07 over 2 seeds" in said.out
     with pytest.raises(SystemExit, match="a seed that failed"):
         games.main(games.Args([file]))
+
+
+def test_a_run_that_fails_takes_no_score_away(tmp_path, monkeypatch):
+    file, scores = tmp_path / "x.csv", {1: 40.0, 2: None}
+    stub_runs(monkeypatch, scores)
+    for after in ({1: None, 2: 30.0}, {}):
+        with pytest.raises(SystemExit, match="1 of 2 seeds failed"):
+            seeds.main(seeds.Args(PPO_CARTPOLE, [1, 2], csv=file))
+        scores |= after
+    assert read(file, "seed", "mean_return") == [("1", "40.0"), ("2", "30.0")]
+
+
+@pytest.mark.parametrize("score", [40.0, None])
+def test_a_script_that_is_edited_while_it_trains_gets_no_row(score, tmp_path, monkeypatch):
+    file, script = tmp_path / "x.csv", Path(shutil.copy(PPO_CARTPOLE, tmp_path / "mine.py"))
+    stub_runs(monkeypatch, {1: 40.0, 2: score})
+    one_run = seeds.one_run
+
+    def edit(args, seed, folder):
+        if seed == 2:
+            script.write_text(script.read_text() + "# another\n")
+        return one_run(args, seed, folder)
+
+    monkeypatch.setattr(seeds, "one_run", edit)
+    with pytest.raises(SystemExit, match="was edited while seed 2 ran"):
+        seeds.main(seeds.Args(script, [1, 2, 3], csv=file))
+    assert read(file, "seed") == [("1",)]
+
+
+def test_a_csv_of_another_kind_is_put_aside(tmp_path, monkeypatch):
+    stub_runs(monkeypatch, {1: 40.0})
+    file = Path(shutil.copy(ROOT / "benchmarks" / "curves_breakout.csv", tmp_path / "x.csv"))
+    kept = file.read_text()
+    seeds.main(seeds.Args(PPO_CARTPOLE, [1], csv=file))
+    assert read(file, "seed") == [("1",)]
+    assert (tmp_path / "x.csv.old").read_text() == kept
 
 
 def test_seeds_adds_to_the_rows_of_its_command(tmp_path, monkeypatch, capsys):
@@ -316,6 +356,21 @@ def test_seeds_go_on_where_they_were(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="was trained further"):
         seeds.one_run(dataclasses.replace(args, then=None), 1, tmp_path)
     assert len(commands) == 4
+
+
+def test_a_full_disk_after_a_training_makes_no_run_with_other_flags_of_it(tmp_path, monkeypatch):
+    args, write_text = seeds.Args(PPO_CARTPOLE, [1], "--total-timesteps 300", episodes=2), Path.write_text
+
+    def full_disk(path, text):
+        write_text(path, "")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(seeds, "execute", lambda *_, **__: (tmp_path / "1").mkdir())
+    with pytest.raises(OSError):
+        seeds.one_run(args, 1, tmp_path)
+    monkeypatch.undo()
+    assert seeds.one_run(args, 1, tmp_path)["steps"] == 512
 
 
 def test_seeds_scores_with_the_script_that_it_trained(tmp_path):
