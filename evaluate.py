@@ -427,7 +427,7 @@ def score_all(run_dir, args):
                 writer.flush()
         whole = True
     except OSError as error:
-        fail(f"{error.filename or f'the output or {run_dir}/eval'} cannot be written: {error.strerror}.")
+        fail(f"{error.filename or f'the output or {run_dir}/eval'} cannot be read or written: {error.strerror}.")
     finally:  # TensorBoard would mix the two curves: one of them goes, this one if it was cut short
         for file in earlier if whole else own if earlier else ():
             file.unlink(missing_ok=True)  # another --all may have removed it
@@ -523,12 +523,12 @@ def lowest_priority():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which would otherwise skip the end of this
     group, before = Path("/proc/self/autogroup"), None  # Linux weighs terminals, and heeds nice only within each
     with contextlib.suppress(OSError, IndexError):  # IndexError: the file of a process in no such group is empty
-        before = group.read_text().split()[-1].replace("19", "0")  # 19: another --follow's, which may end first
+        before = group.read_text().split()[-1]
         group.write_text("19")
     try:
         yield
     finally:
-        if before is not None:
+        if before not in (None, "19"):  # 19: another --follow's, which gives the weight back itself
             with contextlib.suppress(OSError):
                 group.write_text(before)
 

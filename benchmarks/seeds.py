@@ -141,7 +141,7 @@ def one_run(args, seed, folder):
     row |= {name: score[name] and round(score[name], 3) for name in ("mean_return", "std_return")}
     row |= {"human_normalized": score["human_normalized"], "min_return": min(score["returns"])}
     newest = max(run_dir.glob("checkpoints/*.pt"))  # knows the threads of the training
-    threads = torch.load(newest, map_location="cpu", weights_only=True)["versions"].get("threads")
+    threads = torch.load(newest, map_location="cpu", weights_only=True).get("versions", {}).get("threads")
     return row | {"truncated": score["truncated"], "threads": threads}
 
 

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,13 +130,14 @@ def commands(args, flags, params, seed, run_dir):
 
 
 def hash_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def check_sources():
-    """End where a file of this study has been edited: what is trained now is another study's."""
+def check_sources(run_dir):
+    """End where a file of this study has been edited: a run that was begun since then is another study's."""
     for path, expected in sources.items():
         if hash_of(path) != expected:
+            shutil.rmtree(run_dir, ignore_errors=True)  # or it would be in the way, once the edit is undone
             evaluate.fail(f"{path} was edited meanwhile: the same command begins another study, or undo the edit.")
 
 
@@ -150,11 +152,12 @@ def score_of(args, flags, params, seed, folder):
             except BlockingIOError:  # it has outlived a kill -9 of tune.py
                 evaluate.fail(f"{run_dir} is still being trained: wait until that has ended, then go on.")
         train, score = commands(args, flags, params, seed, run_dir)
+        check_sources(run_dir)
         try:
             execute(train, run_dir / "output.txt")
             execute([*score, "--json", str(run_dir / "score.tmp")], run_dir / "output.txt")
         finally:
-            check_sources()
+            check_sources(run_dir)
         os.replace(run_dir / "score.tmp", run_dir / "score.json")
         for path in sorted(run_dir.glob("checkpoints/*.pt"))[:-1]:
             path.unlink()  # in Atari, each takes 20 MB
@@ -199,14 +202,17 @@ def wait_for(lock, kind):
         waiting.clear()
 
 
-def open_study(out, lock):
+def open_study(out):
     """Begin the study in this folder, or go on with it."""
-    journal = out / "journal.log"
-    with contextlib.suppress(BlockingIOError, FileNotFoundError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else is writing:
+    journal = (out / "journal.log").resolve()  # an absolute path, or Optuna waits forever for a lock left by kill -9
+    writing = optuna.storages.journal.JournalFileSymlinkLock(str(journal))
+    backend = optuna.storages.journal.JournalFileBackend(str(journal), writing)
+    writing.acquire()
+    try:
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)  # a last line without its end, of a full disk
-    fcntl.flock(lock, fcntl.LOCK_UN)
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    finally:
+        writing.release()
+    storage = optuna.storages.JournalStorage(backend)
     return optuna.create_study(storage=storage, study_name=out.name, direction="maximize", load_if_exists=True)
 
 
@@ -240,7 +246,9 @@ def compare(study, args, flags, out):
         with ThreadPoolExecutor(args.jobs) as pool:
             runs = [pool.submit(score_of, args, flags, params, i + 1, out / side) for i in range(args.fresh_seeds)]
             for run in tqdm(runs, desc=side, unit=" runs"):
-                run.exception()  # waits for it
+                if isinstance(run.exception(), SystemExit):  # waits for it
+                    pool.shutdown(cancel_futures=True)
+                    raise run.exception()
         scores = [run.result() for run in runs if not isinstance(run.exception(), RuntimeError)]
         if not scores:
             evaluate.fail(f"all runs failed: the output.txt in {out / side} say why.")
@@ -280,7 +288,7 @@ def main(args, flags):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, stop)
     with open(out / ".lock", "w") as lock:
-        study = open_study(out, lock)
+        study = open_study(out)
         watch = f"pip install optuna-dashboard && optuna-dashboard {out}/journal.log"
         print(f"{count(study)} of {args.trials} trials have ended. Watch: {watch}", flush=True)
         search(study, args, flags, space, out, lock)

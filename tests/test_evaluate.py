@@ -315,7 +315,9 @@ def test_with_all_a_disk_that_is_full_costs_no_score(run_dir, tmp_path, monkeypa
     monkeypatch.setattr(evaluate.SummaryWriter, "flush", full)
     with pytest.raises(SystemExit):
         evaluate.main(evaluate.Args(str(run_dir), episodes=2, all=True, json=str(tmp_path / "scores.json")))
-    assert f"the output or {run_dir}/eval cannot be written: No space left on device." in capsys.readouterr().err
+    assert (
+        f"the output or {run_dir}/eval cannot be read or written: No space left on device." in capsys.readouterr().err
+    )
     assert [one["global_step"] for one in json.loads((tmp_path / "scores.json").read_text())] == [256]
 
 

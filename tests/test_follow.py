@@ -73,7 +73,7 @@ def age(run_dir):
 def follow(run_dir, **flags):
     """What `evaluate.py RUN --follow` gives, with two episodes; its exit code."""
     age(run_dir)
-    return evaluate.main(evaluate.Args(str(run_dir), follow=True, **{"episodes": 2} | flags))
+    return evaluate.follow(run_dir, evaluate.Args(str(run_dir), follow=True, **{"episodes": 2} | flags))
 
 
 def checkpoint(run_dir, step):
@@ -455,7 +455,8 @@ def test_one_that_is_terminated_gives_its_terminal_the_old_weight_back(run_dir, 
     assert not before or group.read_text() == before
 
 
-def test_of_two_in_one_terminal_the_last_gives_it_the_weight_that_it_had(monkeypatch):
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_in_one_terminal_the_first_gives_it_the_weight_that_it_had(order, monkeypatch):
     """/proc/self/autogroup is replaced by a variable."""
     weight, read_text, write_text = ["0"], Path.read_text, Path.write_text
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
@@ -468,13 +469,13 @@ def test_of_two_in_one_terminal_the_last_gives_it_the_weight_that_it_had(monkeyp
 
     monkeypatch.setattr(Path, "read_text", read)
     monkeypatch.setattr(Path, "write_text", write)
-    first, second = evaluate.lowest_priority(), evaluate.lowest_priority()
-    first.__enter__()
-    second.__enter__()
-    assert weight == ["19"]
-    first.__exit__(None, None, None)
-    second.__exit__(None, None, None)
-    assert weight == ["0"]
+    both = evaluate.lowest_priority(), evaluate.lowest_priority()
+    for each in both:
+        each.__enter__()
+        assert weight == ["19"]
+    for i in order:
+        both[i].__exit__(None, None, None)
+        assert weight == ["0" if 0 in order[: order.index(i) + 1] else "19"]
 
 
 def test_no_group_of_the_terminal_is_no_obstacle(run_dir, play, monkeypatch):

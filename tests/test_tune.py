@@ -35,6 +35,7 @@ def folder(tmp_path, monkeypatch):
     """Each test in a folder of its own. What tune.py sets in this process is put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(tune, "sources", {})
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", ""))
     yield tmp_path
 
@@ -261,7 +262,24 @@ def test_a_script_that_is_edited_while_it_trains_gets_no_score(score, start, cap
         start(f"{SMALL} --trials 1", edit, script)
     assert f"{script} was edited meanwhile" in capsys.readouterr().err
     assert states() == [RUNNING]
-    assert not list(Path().glob("runs/tune__*/**/score.json"))
+    assert not list(Path().glob("runs/tune__*/trial_0/seed_*"))
+    shutil.copy(ROOT / "ppo_cartpole.py", script)  # undone, the study goes on
+    assert len(start(f"{SMALL} --trials 1", lambda args: 1, script)) == 6
+    assert states() == [FAIL, COMPLETE]
+
+
+def test_an_edit_ends_the_comparison_at_once(start):
+    script, ran = Path(shutil.copy(ROOT / "ppo_cartpole.py", "mine.py")).resolve(), []
+
+    def score(args):
+        if "best" in args.run_dir:
+            ran.append(args.seed)
+            script.unlink()
+        return 1
+
+    with pytest.raises(SystemExit):
+        start(f"{SMALL} --trials 1 --fresh-seeds 9", score, script)
+    assert ran == [1]
 
 
 def one_of_two(start, number):
