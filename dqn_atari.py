@@ -23,7 +23,7 @@ folder: 7.1 GB for a million steps, and 3.5 GB for the steps between two checkpo
 Hyperparameters are those of CleanRL's published scores. The paper instead has 50 million steps, RMSProp, a clipped
 error, learning from step 50,000, exploration that falls to 0.1, and a target network copied every 10,000 gradient
 steps. Unlike CleanRL:
-(1) ale-py's vector environment presses FIRE at the start of a game but not after a lost life, starts frame stacks with
+(1) ale-py's vector environment presses FIRE before the idle frames and not after a lost life, starts frame stacks with
     zeros and does not clear them when a life is lost, and takes the maximum of two frames after conversion to gray.
 (2) A game truncated at 108,000 frames is bootstrapped from its own last observation, not from the next game's first.
 (3) All games start anew after each checkpoint, so that a killed run can be resumed exactly.

@@ -24,7 +24,7 @@ initialization, Adam's epsilon of 1e-5, advantages normalized per minibatch, a c
 a global norm. The paper has 3 epochs, four times this weight of the value loss, and a clip range that falls to 0.
 
 Unlike baselines:
-(1) ale-py's vector environment presses FIRE at the start of a game but not after a lost life, does not clear frame
+(1) ale-py's vector environment presses FIRE before the idle frames and not after a lost life, does not clear frame
     stacks when a life is lost, and takes the maximum of two frames after conversion to gray.
 (2) A game truncated at 108,000 frames is not lost: the value of its last observation is bootstrapped.
 (3) All games start anew after each checkpoint, so that a killed run can be resumed exactly.

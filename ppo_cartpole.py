@@ -25,7 +25,7 @@ own, registered by my_module.py beside this file.
 Like openai/baselines, this file adds to the paper: orthogonal initialization, Adam's epsilon of 1e-5, advantages
 normalized per minibatch, gradients clipped to a global norm. Unlike baselines, it does not treat a truncated episode
 (CartPole's end after 500 steps) as terminated, but bootstraps from its last observation. Hyperparameters are based on
-rl-baselines3-zoo's, with twice the learning rate, which learns faster; --target-kl stops updates that go too far.
+rl-baselines3-zoo's, with twice the learning rate and a fixed clip range; --target-kl stops updates that go too far.
 """
 
 import contextlib
