@@ -253,12 +253,13 @@ def compare(study, args, flags, out):
         if not scores:
             evaluate.fail(f"all runs failed: the output.txt in {out / side} say why.")
         failed += len(runs) - len(scores)
+        # The mean may be any of these, says Student's t. Their difference makes the interval of Behrens and Fisher.
         n, std = len(scores), np.std(scores, ddof=1) if len(scores) > 1 else np.inf
-        means[side] = np.mean(scores) + std / n**0.5 * random.standard_t(max(n - 1, 1), 100_000)  # what it may be
+        means[side] = np.mean(scores) + std / n**0.5 * random.standard_t(max(n - 1, 1), 100_000)
         low, high = np.percentile(means[side], [2.5, 97.5], method="nearest")
         each = ["failed" if run.exception() else f"{run.result():.2f}" for run in runs]
         print(f"{np.mean(scores):10.2f}  {low:.2f} to {high:.2f}  {side}: {', '.join(each)}")
-    low, high = np.percentile(np.subtract(*means.values()), [2.5, 97.5], method="nearest")  # Behrens and Fisher
+    low, high = np.percentile(np.subtract(*means.values()), [2.5, 97.5], method="nearest")
     verdict = "the best flags are better" if low > 0 else "they are worse" if high < 0 else "no difference is shown"
     verdict = f"no verdict, as {failed} failed and are left out" if failed else verdict
     print(f"            {low:.2f} to {high:.2f}  difference: {verdict}")
